@@ -1,0 +1,395 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The model card of a trained adapter: what it is, how to use it, what it scores, how it was made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import json
+import math
+import os
+import platform
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+PACKAGES = ("trl-flow", "trl", "diffusers", "transformers", "peft", "accelerate", "datasets", "torch")
+GALLERY_SIZE = 4
+GALLERY_PIXELS = 256
+
+
+def create_model_card(
+    output_dir: str | Path,
+    *,
+    base_model: str,
+    pipeline_class_name: str,
+    method_name: str,
+    paper: Mapping[str, str] | None = None,
+    datasets: str | Sequence[str] | None = None,
+    reward_names: Sequence[str] = (),
+    eval_reward_names: Sequence[str] = (),
+    metrics: Mapping[str, Mapping] | None = None,
+    config: Mapping | None = None,
+    call_arguments: Mapping | None = None,
+    tags: Sequence[str] = (),
+    model_name: str | None = None,
+    hub_model_id: str | None = None,
+    component: str = "transformer",
+    prompts: Sequence[str] = (),
+    load_expression: str | None = None,
+    license: str | None = None,
+    pipeline_tag: str = "text-to-image",
+    steps: int | None = None,
+    seconds: float | None = None,
+    nfe: int | None = None,
+    hardware: str | None = None,
+    diffusers_format: bool = True,
+) -> Path:
+    """
+    Write `README.md`, the model card of the adapter in `output_dir`.
+
+    Pictures are taken from the directory when they are there: `curves.png` and `before_after.png`, as
+    [`~trl_flow.report.write_report`] leaves them, and the newest pictures under `samples/`, which become the gallery
+    (enlarged copies in `images/`).
+
+    Args:
+        output_dir (`str` or `Path`):
+            Directory of the adapter.
+        base_model (`str`):
+            Hub id or path of the base pipeline. Only a Hub id gets into the metadata.
+        pipeline_class_name (`str`):
+            Class name of the base pipeline.
+        method_name (`str`):
+            Name of the method as its paper writes it, e.g. `"DenseGRPO"`.
+        paper (`Mapping[str, str]`, *optional*):
+            Paper of the method with any of the keys `title`, `id` (of the form `"2601.20218"`) and `citation`
+            (BibTeX).
+        datasets (`str` or `Sequence[str]`, *optional*):
+            Names of the prompt sets. Only Hub ids get into the metadata.
+        reward_names (`Sequence[str]`, *optional*):
+            Rewards that were trained on.
+        eval_reward_names (`Sequence[str]`, *optional*):
+            Held-out rewards that were only watched.
+        metrics (`Mapping`, *optional*):
+            Held-out scores as `{"before": {name: score}, "after": {name: score}}`. A score is a number, or a mapping
+            with `mean` and, for the 95 % interval, `std` and `n`.
+        config (`Mapping`, *optional*):
+            Settings of the run; paths and tokens are left out.
+        call_arguments (`Mapping`, *optional*):
+            Arguments of the pipeline call that the scores were measured with, e.g. `num_inference_steps`,
+            `guidance_scale`, `height`, `width`, `max_sequence_length`.
+        tags (`Sequence[str]`, *optional*):
+            Tags of the repository beside `trl-flow`, `lora` and the pipeline's own.
+        model_name (`str`, *optional*):
+            Title. Defaults to the name of the repository or directory.
+        hub_model_id (`str`, *optional*):
+            Repository that the card goes to; the usage example loads from it.
+        component (`str`, *optional*, defaults to `"transformer"`):
+            Name of the trained denoiser in the pipeline.
+        prompts (`Sequence[str]`, *optional*):
+            Example prompts; the first one is used in the usage example. Defaults to those of the sample pictures.
+        load_expression (`str`, *optional*):
+            Python expression that stands for the base model in the usage example, for a model that has no Hub id.
+        license (`str`, *optional*):
+            Licence id. Defaults to the base model's, when its card can be read.
+        pipeline_tag (`str`, *optional*, defaults to `"text-to-image"`):
+            Task of the pipeline on the Hub.
+        steps, seconds, nfe, hardware (*optional*):
+            Updates, seconds of training, velocities evaluated, and what it ran on (found by itself).
+        diffusers_format (`bool`, *optional*, defaults to `True`):
+            Whether `load_lora_weights` can load the adapter ([`~trl_flow.hub.supports_diffusers_format`]).
+
+    Returns:
+        `Path`: the file written.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    datasets = [datasets] if isinstance(datasets, str) else list(datasets or [])
+    paper = paper or {}
+    base_model = str(base_model)
+    base_is_hub_id = bool(HUB_ID.fullmatch(base_model)) and not os.path.isdir(base_model)
+    model_name = model_name or (hub_model_id or str(output_dir.resolve())).rstrip("/").split("/")[-1]
+    base_name = base_model if base_is_hub_id else Path(base_model).name
+
+    metrics = metrics or {}
+    before, after = metrics.get("before") or {}, metrics.get("after") or {}
+    score_rows = _score_rows(before, after)
+    widget = _gallery(output_dir)
+    prompts = list(prompts) or [entry["text"] for entry in widget] or ["a photo of a red cube on a blue table"]
+
+    licence = {"license": license} if license else _base_license(base_model)
+    card_data = ModelCardData(
+        base_model=base_model if base_is_hub_id else None,
+        base_model_relation="adapter" if base_is_hub_id else None,
+        library_name="diffusers",
+        pipeline_tag=pipeline_tag,
+        tags=sorted({"trl-flow", "trl", "lora", "reinforcement-learning", "grpo", "diffusers", *tags}),
+        datasets=[name for name in datasets if HUB_ID.fullmatch(name)] or None,
+        model_name=model_name,
+        eval_results=_eval_results(after, datasets, pipeline_tag) or None,
+        widget=widget or None,
+        **licence,
+    )
+
+    training_lines = [f"Method: {method_name}" + (f", {paper['title']}" if paper.get("title") else "")]
+    if datasets:
+        training_lines.append("Prompts: " + ", ".join(_link_dataset(name) for name in datasets))
+    if reward_names:
+        training_lines.append("Rewards: " + ", ".join(f"`{name}`" for name in reward_names))
+    if eval_reward_names:
+        training_lines.append("Watched, never trained on: " + ", ".join(f"`{name}`" for name in eval_reward_names))
+    if steps is not None:
+        training_lines.append(f"Updates: {steps:,}")
+    if nfe is not None:
+        training_lines.append(f"Function evaluations (latents through the {component}, sampling): {int(nfe):,}")
+    if seconds is not None:
+        training_lines.append(f"Time: {format_seconds(seconds)}")
+    training_lines.append(f"Hardware: {hardware or describe_hardware()}")
+
+    sample_count = {score["n"] for score in after.values() if isinstance(score, Mapping) and score.get("n")}
+    scores_text = "Held-out prompts, the same initial noise before and after"
+    if len(sample_count) == 1:
+        scores_text += f", {int(sample_count.pop()):,} pictures"
+    if any("±" in row["after"] for row in score_rows):
+        scores_text += "; mean ± half of the 95 % interval"
+    template = importlib.resources.files("trl_flow.hub").joinpath("templates/model_card.md").read_text("utf-8")
+    card = ModelCard.from_template(
+        card_data,
+        template_str=template,
+        model_name=model_name,
+        base_model=base_name,
+        base_model_url=f"https://huggingface.co/{base_model}" if base_is_hub_id else None,
+        rewards_text=_join([f"`{name}`" for name in reward_names]) or "a reward function",
+        reward_count=len(reward_names),
+        method_name=method_name,
+        paper_url=f"https://huggingface.co/papers/{paper['id']}" if paper.get("id") else None,
+        component=component,
+        pipeline_class_name=pipeline_class_name,
+        has_gallery=bool(widget),
+        snippet=_snippet(
+            load_expression or json.dumps(base_model if base_is_hub_id else base_name),
+            hub_model_id or ("path/to/" + model_name),
+            prompts[0],
+            dict(call_arguments or {}),
+            component,
+            diffusers_format,
+            pipeline_tag,
+        ),
+        diffusers_format=diffusers_format,
+        score_rows=score_rows,
+        scores_text=scores_text + ".",
+        before_after_picture="before_after.png" if (output_dir / "before_after.png").is_file() else None,
+        curves_picture="curves.png" if (output_dir / "curves.png").is_file() else None,
+        training_lines=training_lines,
+        config_yaml=_config_yaml(config),
+        versions=_versions(),
+        citation=textwrap.dedent(paper.get("citation") or "").strip(),
+    )
+    path = output_dir / "README.md"
+    card.save(path)
+    return path
+
+
+def describe_hardware() -> str:
+    """What this process runs on, e.g. `"1 x NVIDIA H100 80GB HBM3"` or `"CPU (AMD EPYC 9R14, 2 cores)"`."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    if torch.backends.mps.is_available():
+        return f"Apple {platform.machine()} (MPS)"
+    processor = platform.processor() or platform.machine()
+    if os.path.isfile("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        processor = names[0] if names and names[0] != "unknown" else processor
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"CPU ({processor}, {cores} core{'s' if cores != 1 else ''})"
+
+
+def format_seconds(seconds: float) -> str:
+    """`"45 s"`, `"4 min 05 s"` or `"3 h 12 min"`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def _mean_and_half_interval(score: float | Mapping | None) -> tuple[float, float | None]:
+    if score is None:
+        return math.nan, None
+    if not isinstance(score, Mapping):
+        return float(score), None
+    mean, std, n = score.get("mean"), score.get("std"), score.get("n")
+    mean = math.nan if mean is None else float(mean)
+    return mean, 1.96 * std / math.sqrt(n) if std is not None and n else None
+
+
+def _score_rows(before: Mapping, after: Mapping) -> list[dict[str, str]]:
+    rows = []
+    for name in [*before, *(name for name in after if name not in before)]:
+        row = {"name": f"`{name}`", "before": "", "after": "", "change": ""}
+        means = {}
+        for key, scores in (("before", before), ("after", after)):
+            mean, half_interval = _mean_and_half_interval(scores.get(name))
+            if not math.isfinite(mean):
+                continue
+            means[key] = mean
+            row[key] = f"{mean:.4g}" + (f" ± {half_interval:.2g}" if half_interval is not None else "")
+        if len(means) == 2:
+            row["change"] = f"{means['after'] - means['before']:+.4g}"
+        rows.append(row)
+    return rows
+
+
+def _eval_results(after: Mapping, datasets: list[str], task: str) -> list[EvalResult]:
+    # NaN is not valid in the Hub's metadata: a score without any scored picture is left out.
+    means = {name: _mean_and_half_interval(score)[0] for name, score in after.items()}
+    hub_ids = [name for name in datasets if HUB_ID.fullmatch(name)]
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=hub_ids[0] if hub_ids else "prompts",
+            dataset_name=f"held-out prompts of {datasets[0]}" if datasets else "held-out prompts",
+            metric_type=name,
+            metric_name=name,
+            metric_value=round(mean, 6),
+        )
+        for name, mean in means.items()
+        if math.isfinite(mean)
+    ]
+
+
+def _gallery(output_dir: Path) -> list[dict]:
+    steps = sorted(path for path in (output_dir / "samples").glob("step_*") if path.is_dir())
+    if not steps:
+        return []
+    description = steps[-1].with_suffix(".json")
+    prompts = json.loads(description.read_text()).get("prompts", []) if description.is_file() else []
+    widget = []
+    for index, prompt in enumerate(prompts[:GALLERY_SIZE]):
+        source = steps[-1] / f"{index:03d}.png"
+        if not source.is_file():
+            continue
+        with Image.open(source) as image:
+            image = image.convert("RGB")
+        factor = math.ceil(GALLERY_PIXELS / max(image.size))
+        if factor > 1:
+            image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        target = output_dir / "images" / f"sample_{index}.png"
+        target.parent.mkdir(exist_ok=True)
+        image.save(target)
+        widget.append({"text": prompt, "output": {"url": f"images/{target.name}"}})
+    return widget
+
+
+@lru_cache(maxsize=8)
+def _base_license(base_model: str) -> dict[str, str]:
+    if os.path.isdir(base_model):
+        card_path = os.path.join(base_model, "README.md")
+        if not os.path.isfile(card_path):
+            return {}
+    elif HUB_ID.fullmatch(base_model):
+        card_path = base_model
+    else:
+        return {}
+    try:
+        data = ModelCard.load(card_path, ignore_metadata_errors=True).data
+    except Exception as error:  # offline, gated, no card: a missing licence line must not cost anyone a trained adapter
+        logger.info(f"The licence of {base_model} could not be read: {error}")
+        return {}
+    fields = ("license", "license_name", "license_link")
+    return {field: str(data.get(field)) for field in fields if data.get(field)}
+
+
+def _snippet(
+    base: str,
+    adapter: str,
+    prompt: str,
+    call_arguments: dict,
+    component: str,
+    diffusers_format: bool,
+    pipeline_tag: str,
+) -> str:
+    lines = ["import torch", "from diffusers import DiffusionPipeline"]
+    if base.startswith("trl_flow."):
+        lines.append("import trl_flow." + base.split(".")[1])
+    if not diffusers_format:
+        lines.append("from trl_flow.hub import load_adapter")
+    lines += ["", f"pipe = DiffusionPipeline.from_pretrained({base})"]
+    lines.append(
+        f"pipe.load_lora_weights({json.dumps(adapter)})"
+        if diffusers_format
+        else f'load_adapter(pipe, {json.dumps(adapter)}, component="{component}")'
+    )
+    lines.append('pipe.to("cuda" if torch.cuda.is_available() else "cpu")')
+    arguments = [json.dumps(prompt, ensure_ascii=False)]
+    arguments += [f"{name}={value!r}" for name, value in call_arguments.items() if value is not None]
+    arguments.append('generator=torch.Generator("cpu").manual_seed(0)')
+    call = ", ".join(arguments)
+    output = "frames[0]" if "video" in pipeline_tag else "images[0]"
+    if len(call) < 80:
+        lines.append(f"image = pipe({call}).{output}")
+    else:
+        lines += ["image = pipe(", *(f"    {argument}," for argument in arguments), f").{output}"]
+    if "video" in pipeline_tag:
+        lines[-1] = lines[-1].replace("image = ", "video = ")
+    else:
+        lines.append('image.save("image.png")')
+    return "\n".join(lines)
+
+
+def _config_yaml(config: Mapping | None) -> str | None:
+    if not config:
+        return None
+
+    def is_private(name: str) -> bool:
+        return name.endswith(("_token", "_key", "_password")) or name in ("token", "output_dir", "logging_dir")
+
+    # A round trip through JSON turns enums, tuples and paths into what YAML writes without Python tags.
+    plain = json.loads(json.dumps(dict(config), default=str))
+    shown = {name: value for name, value in plain.items() if value is not None and not is_private(name)}
+    return yaml.safe_dump(shown, sort_keys=True, allow_unicode=True, width=110).strip()
+
+
+def _versions() -> list[tuple[str, str]]:
+    versions = [("Python", platform.python_version())]
+    for name in PACKAGES:
+        try:
+            versions.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _link_dataset(name: str) -> str:
+    return f"[{name}](https://huggingface.co/datasets/{name})" if HUB_ID.fullmatch(name) else f"`{name}`"
+
+
+def _join(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else "".join(names)
