@@ -1,0 +1,46 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""From a model's name to its pipeline."""
+
+import os
+
+from diffusers import DiffusionPipeline
+
+
+def load_pipeline(model: "str | os.PathLike | DiffusionPipeline", **kwargs) -> DiffusionPipeline:
+    """
+    The pipeline that `model` names.
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]): `"shapes"` (the embedded pipeline), a directory, a Hub id, or
+            a pipeline, which is returned as it is.
+        kwargs: Passed to [`~diffusers.DiffusionPipeline.from_pretrained`].
+
+    Raises:
+        ValueError: If nothing answers to that name.
+    """
+    if isinstance(model, DiffusionPipeline):
+        return model
+    if model == "shapes":
+        from ..shapes import PIPELINE_PATH
+
+        model = PIPELINE_PATH
+    try:
+        return DiffusionPipeline.from_pretrained(str(model), **kwargs)
+    except OSError as error:
+        raise ValueError(
+            f"model={str(model)!r} could not be loaded: expected 'shapes' (the embedded pipeline), a directory that "
+            f"holds a diffusers pipeline, or the id of one on the Hub. {error}"
+        ) from error
