@@ -1,0 +1,138 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The `trl-flow` command. Reads the command's name and nothing else, so that it starts before torch is imported."""
+
+import importlib
+import os
+import sys
+
+from . import __version__
+
+
+COMMANDS = {
+    "Train": {
+        "flow-grpo": "Flow-GRPO: one reward for a whole trajectory",
+        "dense-grpo": "DenseGRPO: a reward for each denoising step, from its deterministic continuation",
+        "g2rpo": "G2RPO: one stochastic step at a time, judged at several granularities",
+    },
+    "Prepare": {
+        "calibrate": "find a noise level for each step (DenseGRPO, Algorithm 1)",
+        "make-shapes": "make the embedded shapes pipeline again, from a seed",
+    },
+    "Look": {
+        "generate": "make a picture grid with a model, with or without an adapter",
+        "env": "print versions and hardware, for bug reports",
+    },
+}
+TRAINING_COMMANDS = tuple(COMMANDS["Train"])
+
+USAGE = "usage: trl-flow [--help] [--version] [--debug] COMMAND [--config FILE.yaml] [--NAME VALUE ...]"
+
+
+def format_help() -> str:
+    lines = [USAGE, "", "Align flow-matching pipelines with reward functions by online reinforcement learning."]
+    for title, commands in COMMANDS.items():
+        lines += ["", f"{title}:", *(f"  {name:<12} {text}" for name, text in commands.items())]
+    lines += [
+        "",
+        "`trl-flow COMMAND --help` lists the settings of a command. Any of them can stand in a YAML file (--config);",
+        "what is given on the command line wins. Training commands also take the arguments of `accelerate launch`,",
+        "and `--accelerate_config NAME|FILE` with TRL's names: single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2.",
+        "",
+        "Examples:",
+        "  trl-flow dense-grpo --config examples/shapes/dense-grpo.yaml --output_dir runs/first",
+        '  trl-flow generate --adapter runs/first --prompt "a photo of a red circle" --compare',
+        "",
+        "Errors are one line; `trl-flow --debug COMMAND ...` or TRL_FLOW_DEBUG=1 shows where they come from.",
+    ]
+    return "\n".join(lines)
+
+
+def run(command: str, args: list[str]) -> int:
+    """Run one command in this process, or a training command under `accelerate launch` where that is asked for."""
+    module = importlib.import_module(f"trl_flow.scripts.{command.replace('-', '_')}")
+    parser = module.make_parser(prog=f"trl-flow {command}")
+    if command not in TRAINING_COMMANDS:
+        module.main(*parser.parse_args_and_config(args))
+        return 0
+
+    from .scripts.launcher import launch, needs_launch
+
+    *parsed, from_file, from_line = parser.parse_args_and_config(
+        args, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    if needs_launch(from_file + from_line):
+        return launch(command, without(args, from_line), from_file + from_line)
+    module.main(*parsed)
+    return 0
+
+
+def without(args: list[str], removed: list[str]) -> list[str]:
+    """`args` less `removed`, an ordered subsequence of them."""
+    removed, kept = list(removed), []
+    for arg in args:
+        if removed and arg == removed[0]:
+            removed.pop(0)
+        else:
+            kept.append(arg)
+    return kept
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Entry point of `trl-flow`.
+
+    Returns:
+        `int`: 0 if all went well, 1 if the command failed, 2 if the command line is wrong, 130 if interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = os.environ.get("TRL_FLOW_DEBUG", "0").lower() not in ("", "0", "false", "no")
+    while argv and argv[0] == "--debug":
+        debug = True
+        argv.pop(0)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(format_help())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    command, *args = argv
+    names = [name for commands in COMMANDS.values() for name in commands]
+    if command not in names:
+        import difflib
+
+        close = difflib.get_close_matches(command.replace("_", "-"), names, n=1, cutoff=0.5)
+        hint = f"Did you mean {close[0]}?" if close else f"Choose one of {', '.join(names)}."
+        kind = "option" if command.startswith("-") else "command"
+        print(f"{USAGE}\ntrl-flow: error: unknown {kind} {command}. {hint}", file=sys.stderr)
+        return 2
+    try:
+        return run(command, args)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print(f"trl-flow {command}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        # What a user can put right: our checks raise ValueError, files and the Hub OSError, optional packages
+        # ImportError. Anything else is a bug and keeps its traceback.
+        if debug:
+            raise
+        print(f"trl-flow {command}: error: {error} (TRL_FLOW_DEBUG=1 shows the traceback)", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What every training command takes beside its method's config: model, LoRA, prompts and rewards."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+
+@dataclass
+class FlowScriptArguments:
+    r"""
+    Arguments of the training commands that are not the trainer's.
+
+    Args:
+        model_name_or_path (`str`, *optional*, defaults to `"shapes"`):
+            Hub id or path of the pipeline to train, or `"shapes"` for the small one in this package.
+        model_revision (`str`, *optional*):
+            Branch, tag or commit of the pipeline on the Hub.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Precision in which the frozen weights are loaded. Latents are float32 and the adapter is trained in
+            float32 whatever this is.
+        use_peft (`bool`, *optional*, defaults to `True`):
+            Whether to train a LoRA adapter. Without it, all weights of the denoiser are trained.
+        lora_r (`int`, *optional*, defaults to `32`):
+            Rank of the adapter.
+        lora_alpha (`int`, *optional*, defaults to `64`):
+            Scale of the adapter: its update is multiplied by `lora_alpha / lora_r`.
+        lora_dropout (`float`, *optional*, defaults to `0.0`):
+            Dropout inside the adapter. A rollout and its replay see different masks, so anything but 0 adds noise to
+            the ratio.
+        lora_target_modules (`list[str]`, *optional*):
+            Names of the layers to adapt. By default those that suit the pipeline's family.
+        reward_funcs (`list[str]`, *optional*):
+            Rewards to train on: names known to [`load_reward`], Hub ids, paths or dotted import paths. By default
+            `shapes` when the model is `shapes`.
+        eval_reward_funcs (`list[str]`, *optional*):
+            Rewards that are measured at evaluation and never trained on.
+        dataset_name (`str`, *optional*):
+            Prompts: the name of a prompt set, a Hub id, or a .txt, .jsonl, .csv or .parquet file. By default the
+            prompt set of the first reward.
+        dataset_config (`str`, *optional*):
+            Configuration of the dataset on the Hub.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Split to evaluate on.
+        num_eval_prompts (`int`, *optional*):
+            How many prompts of the test split are used. By default all.
+    """
+
+    HELP_GROUPS: ClassVar[dict[str, list[str]]] = {
+        "Model and adapter": [
+            "model_name_or_path",
+            "model_revision",
+            "dtype",
+            "use_peft",
+            "lora_r",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_target_modules",
+        ],
+        "Rewards and prompts": [
+            "reward_funcs",
+            "eval_reward_funcs",
+            "dataset_name",
+            "dataset_config",
+            "dataset_train_split",
+            "dataset_test_split",
+            "num_eval_prompts",
+        ],
+    }
+
+    model_name_or_path: str = field(
+        default="shapes",
+        metadata={"help": "Hub id or path of the pipeline to train, or `shapes` for the small one in this package."},
+    )
+    model_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of the pipeline on the Hub."},
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Precision in which the frozen weights are loaded. Latents are float32 and the adapter is trained "
+            "in float32 whatever this is.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    use_peft: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to train a LoRA adapter. Without it, all weights of the denoiser are trained.",
+        },
+    )
+    lora_r: int = field(default=32, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(
+        default=64,
+        metadata={"help": "Scale of the adapter: its update is multiplied by `lora_alpha / lora_r`."},
+    )
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Dropout inside the adapter. A rollout and its replay see different masks, so anything but 0 adds "
+            "noise to the ratio."
+        },
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers to adapt. By default those that suit the pipeline's family."},
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards to train on: names known to `load_reward`, Hub ids, paths or dotted import paths. By "
+            "default `shapes` when the model is `shapes`."
+        },
+    )
+    eval_reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Rewards that are measured at evaluation and never trained on."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts: the name of a prompt set, a Hub id, or a .txt, .jsonl, .csv or .parquet file. By "
+            "default the prompt set of the first reward."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"help": "Configuration of the dataset on the Hub."},
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    num_eval_prompts: int | None = field(
+        default=None,
+        metadata={"help": "How many prompts of the test split are used. By default all."},
+    )
+
+    def __post_init__(self):
+        if self.lora_r < 1:
+            raise ValueError(f"lora_r={self.lora_r}: the rank of the adapter must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout}: expected a fraction in [0, 1)")
+        if self.num_eval_prompts is not None and self.num_eval_prompts < 1:
+            raise ValueError(f"num_eval_prompts={self.num_eval_prompts}: expected at least 1")

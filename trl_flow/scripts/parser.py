@@ -1,0 +1,216 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""TRL's command-line parser, with errors that name the offender and help that is sorted into groups."""
+
+import argparse
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from trl import TrlParser
+from trl.scripts.utils import DataClass
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean ...?"` for the known name closest to `name`, or nothing when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One line per setting name: `--max_steps INT`, without the spelling with hyphens and the `--no_` twin."""
+
+    def __init__(self, prog, **kwargs):
+        super().__init__(prog, max_help_position=30, **kwargs)
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = [name for name in action.option_strings if name.startswith("-") and not _is_hyphenated(name)]
+        if action.nargs == 0 or action.nargs == "?":
+            return ", ".join(names)
+        kind = getattr(action.type, "__name__", "str").upper()
+        value = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else kind
+        return f"{', '.join(names)} {value}{' ...' if action.nargs == '+' else ''}"
+
+    def _get_help_string(self, action):
+        # An empty default tells the reader nothing.
+        if action.default is None or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _is_hyphenated(name: str) -> bool:
+    return name.startswith("--") and "-" in name[2:]
+
+
+class _HelpAllAction(argparse.Action):
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_help(everything=True), end="")
+        parser.exit()
+
+
+class FlowParser(TrlParser):
+    """
+    A [`~trl.TrlParser`] for one `trl-flow` command.
+
+    It differs from its parent in four ways: an abbreviated or unknown name is an error, with the nearest name as a
+    hint; values in the YAML file are converted and checked exactly as on the command line; `--config=FILE` works; and
+    `--help` shows the settings in groups, those in no group only by name (`--help_all` explains them too).
+
+    Args:
+        dataclass_types (`Iterable[type]`):
+            Dataclasses whose fields are the settings.
+        help_groups (`Mapping[str, list[str]]`):
+            Group title to names of settings, in the order in which help shows them.
+        launches (`bool`, *optional*, defaults to `False`):
+            Whether arguments of `accelerate launch` are accepted beside the settings.
+        **kwargs:
+            Keyword arguments of [`~trl.TrlParser`].
+    """
+
+    def __init__(
+        self,
+        dataclass_types: Iterable[type],
+        help_groups: Mapping[str, list[str]] | None = None,
+        launches: bool = False,
+        **kwargs,
+    ):
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self.help_groups = dict(help_groups or {})
+        self.launches = launches
+        self.usage = f"{self.prog} [--config FILE.yaml] [--NAME VALUE ...]" if self.settings else self.prog
+        self.add_argument("--help_all", action=_HelpAllAction, help="Explain every setting and exit.")
+
+    @property
+    def settings(self) -> dict[str, dataclasses.Field]:
+        """Field of each setting by name."""
+        return {field.name: field for kind in self.dataclass_types for field in dataclasses.fields(kind) if field.init}
+
+    def parse_args_and_config(
+        self,
+        args: Iterable[str] | None = None,
+        return_remaining_strings: bool = False,
+        fail_with_unknown_args: bool = True,
+        separate_remaining_strings: bool = False,
+    ) -> tuple[DataClass, ...]:
+        """
+        Parse the command line and the YAML file named by `--config`; the command line wins.
+
+        Returns the dataclasses, followed by the arguments for `accelerate launch` if `return_remaining_strings` (from
+        the file and from the command line apart if `separate_remaining_strings`).
+        """
+        args = [part for arg in args for part in _split_config(arg)]
+        if "--config" in args:
+            position = args.index("--config") + 1
+            if position == len(args) or args[position].startswith("--"):
+                self.error("--config needs the path of a YAML file")
+            if not os.path.isfile(args[position]):
+                self.error(f"--config {args[position]}: no such file")
+            if "--config" in args[position:]:
+                self.error("--config is given twice")
+        *parsed, from_file, from_line = super().parse_args_and_config(
+            args, return_remaining_strings=True, separate_remaining_strings=True
+        )
+        if fail_with_unknown_args:
+            self._refuse_unknown(from_file, "in the configuration file")
+            self._refuse_unknown(from_line, "on the command line")
+        if not return_remaining_strings:
+            return tuple(parsed)
+        if separate_remaining_strings:
+            return (*parsed, from_file, from_line)
+        return (*parsed, from_file + from_line)
+
+    def set_defaults_with_config(self, **kwargs) -> list[str]:
+        # argparse converts a default only if it is a string and never checks it against the choices, so that a file
+        # could smuggle in `num_generations: 2.5` or make a list of letters from `reward_funcs: shapes`.
+        actions = {action.dest: action for action in self._actions}
+        settings = {
+            name: self._checked(actions[name], value) if name in actions else value for name, value in kwargs.items()
+        }
+        remaining = super().set_defaults_with_config(**settings)
+        if not self.launches:
+            return remaining
+        from .launcher import flags_from_config
+
+        return flags_from_config({name: value for name, value in kwargs.items() if name not in actions})
+
+    def _checked(self, action: argparse.Action, value: Any) -> Any:
+        if value is None or isinstance(value, dict):
+            return value
+        if action.nargs == "+":
+            values = value if isinstance(value, list) else [value]
+            return [self._converted(action, item) for item in values]
+        return value if isinstance(value, list) else self._converted(action, value)
+
+    def _converted(self, action: argparse.Action, value: Any) -> Any:
+        try:
+            converted = action.type(str(value)) if action.type is not None else value
+        except (TypeError, ValueError, argparse.ArgumentTypeError):
+            kind = getattr(action.type, "__name__", "str").replace("string_to_bool", "bool")
+            self.error(f"configuration file: {action.dest}: {value!r} is not a valid {kind}")
+        if action.choices is not None and converted not in action.choices:
+            self.error(
+                f"configuration file: {action.dest}: {value!r} is not one of {', '.join(map(str, action.choices))}"
+            )
+        return converted
+
+    def _refuse_unknown(self, remaining: list[str], where: str) -> None:
+        if self.launches and remaining:
+            from .launcher import launch_options, unknown_to_accelerate
+
+            unknown, others = unknown_to_accelerate(remaining), launch_options()
+        else:
+            unknown, others = remaining, []
+        if not unknown:
+            return
+        name = unknown[0].split("=")[0]
+        if not name.startswith("-"):
+            self.error(f"unexpected value {name!r} {where}")
+        known = [f"--{setting}" for setting in self.settings] + ["--config", "--help", "--help_all", *others]
+        self.error(f"unknown argument {name} {where}.{nearest(name.replace('-', '_').replace('__', '--', 1), known)}")
+
+    def format_help(self, everything: bool = False) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        actions = {}
+        for action in self._actions:
+            actions.setdefault(action.dest, action)  # the first of `--name` and `--no_name`
+        groups = {title: [name for name in names if name in actions] for title, names in self.help_groups.items()}
+        grouped = {name for names in groups.values() for name in names}
+        others = [name for name in self.settings if name not in grouped]
+        if everything or not groups:
+            groups["Other settings" if groups else "Settings"], others = others, []
+        for title, names in groups.items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions[name] for name in names)
+            formatter.end_section()
+        if others:
+            formatter.start_section("Other settings, explained by --help_all")
+            formatter.add_text(", ".join(others))
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+
+def _split_config(arg: str) -> list[str]:
+    return ["--config", arg.removeprefix("--config=")] if arg.startswith("--config=") else [arg]

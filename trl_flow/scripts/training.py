@@ -1,0 +1,292 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the training commands share: parser, run directory, training, and the last words."""
+
+import argparse
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+from .arguments import FlowScriptArguments
+from .parser import FlowParser
+
+
+TRAINING_SETTINGS = {
+    "Training": [
+        "output_dir",
+        "learning_rate",
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "optim",
+        "gradient_checkpointing",
+        "bf16",
+        "use_cpu",
+        "seed",
+    ],
+    "Evaluation, logging and saving": [
+        "eval_strategy",
+        "eval_steps",
+        "eval_on_start",
+        "per_device_eval_batch_size",
+        "logging_steps",
+        "report_to",
+        "run_name",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "resume_from_checkpoint",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_strategy",
+    ],
+}
+
+# Settings that say how a run was started, not what it is.
+NOT_PART_OF_A_RUN = {"resume_from_checkpoint", "local_rank", "ddp_backend", "disable_tqdm"}
+
+
+def make_training_parser(
+    config_class: type,
+    name: str,
+    description: str,
+    subparsers: argparse._SubParsersAction | None = None,
+    prog: str | None = None,
+) -> FlowParser:
+    """
+    Parser of a training command.
+
+    Args:
+        config_class (`type`):
+            Config of the method.
+        name (`str`):
+            Name of the command.
+        description (`str`):
+            First lines of the help.
+        subparsers (`argparse._SubParsersAction`, *optional*):
+            Where to add the parser; by default it stands alone.
+        prog (`str`, *optional*):
+            Name of the program in the help.
+    """
+    general = {name for names in TRAINING_SETTINGS.values() for name in names}
+    method = [name for name in own_fields(config_class) if name not in general]
+    settings = dict(
+        dataclass_types=(FlowScriptArguments, config_class),
+        help_groups={**FlowScriptArguments.HELP_GROUPS, "Method": method, **TRAINING_SETTINGS},
+        launches=True,
+        description=description,
+        epilog="The arguments of `accelerate launch` (--num_processes, --multi_gpu, ...) and --accelerate_config "
+        "NAME|FILE are accepted too.",
+    )
+    if subparsers is not None:
+        return subparsers.add_parser(name, help=description, **settings)
+    return FlowParser(prog=prog, **settings)
+
+
+def own_fields(config_class: type) -> list[str]:
+    """Names of the settings that trl-flow's config classes introduce, those of the method first."""
+    owners = {}
+    for kind in reversed(config_class.__mro__):
+        for name in kind.__dict__.get("__annotations__", {}):
+            owners.setdefault(name, kind)
+    names = [field.name for field in dataclasses.fields(config_class) if field.init]
+    ours = [kind for kind in config_class.__mro__ if kind.__module__.partition(".")[0] == "trl_flow"]
+    return [name for kind in ours for name in names if owners[name] is kind]
+
+
+def resolved_config(script_args: FlowScriptArguments, training_args: Any) -> dict[str, Any]:
+    """
+    The settings of a run, complete enough to repeat it: all of ours, and those of the base class that differ from
+    their defaults. Tokens are left out.
+    """
+    ours = set(own_fields(type(training_args)))
+    defaults = type(training_args)(output_dir=training_args.output_dir).to_dict()
+    values = {
+        name: value
+        for name, value in training_args.to_dict().items()
+        if name == "output_dir" or (value is not None if name in ours else value != defaults[name])
+    }
+    values = {**dataclasses.asdict(script_args), **values}
+    kept = {
+        name: value
+        for name, value in values.items()
+        if value is not None and not name.endswith("_token") and name not in NOT_PART_OF_A_RUN
+    }
+    # Through JSON: enums, tuples and paths become what YAML writes without Python tags.
+    return json.loads(json.dumps(kept, default=str))
+
+
+def write_config(config: dict[str, Any], command: str) -> Path:
+    """Write `config.yaml` into the run's directory."""
+    path = Path(config["output_dir"]) / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = f"# trl-flow {__version__}: `trl-flow {command} --config {path} --output_dir ELSEWHERE` repeats this run.\n"
+    path.write_text(head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110))
+    return path
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Refuse a directory that holds another run, whose files a new run would mix with its own."""
+    directory = Path(output_dir)
+    traces = ["config.yaml", "trainer_state.json", "adapter_config.json", "checkpoint-*"]
+    found = [path.name for trace in traces for path in sorted(directory.glob(trace))]
+    if found:
+        raise ValueError(
+            f"output_dir={output_dir} already holds a run ({', '.join(found[:3])}). Continue it with "
+            "`--resume_from_checkpoint true`, or choose another --output_dir."
+        )
+
+
+def default_rewards(script_args: FlowScriptArguments) -> list[str]:
+    """The rewards that were asked for; the embedded world brings its own."""
+    if script_args.reward_funcs:
+        return script_args.reward_funcs
+    if script_args.model_name_or_path == "shapes":
+        return ["shapes"]
+    raise ValueError("reward_funcs is empty: name at least one reward to train on, e.g. `--reward_funcs pickscore`")
+
+
+def run_training(trainer_class: type, command: str, script_args: FlowScriptArguments, training_args: Any) -> None:
+    """
+    Train, save, report.
+
+    Args:
+        trainer_class (`type`):
+            Trainer of the method.
+        command (`str`):
+            Name of the command, for the run's `config.yaml`.
+        script_args ([`FlowScriptArguments`]):
+            Model, adapter, rewards and prompts.
+        training_args ([`FlowGRPOConfig`]):
+            Config of the method.
+    """
+    resume = training_args.resume_from_checkpoint
+    resume = {"true": True, "false": None, "none": None, "": None}.get(str(resume).lower(), resume)
+    if training_args.process_index == 0 and resume is None:
+        check_output_dir(training_args.output_dir)
+    script_args.reward_funcs = default_rewards(script_args)
+    config = resolved_config(script_args, training_args)
+
+    trainer = make_trainer(trainer_class, script_args, training_args)
+    if trainer.is_world_process_zero():
+        write_config(config, command)
+
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.eval_dataset is not None and _last_evaluation(trainer) != trainer.state.global_step:
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        from ..report import write_report
+
+        report = write_report(training_args.output_dir)
+        print_scores(trainer, script_args)
+        print(f"\nReport: {report}\nGenerate with the new adapter:\n  {generate_command(trainer, script_args)}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}")
+    trainer.end()
+
+
+def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training_args: Any):
+    """The trainer, with prompts and adapter as the arguments say."""
+    from peft import LoraConfig
+
+    from ..prompts import load_prompts
+
+    train_dataset = eval_dataset = None
+    if script_args.dataset_name is not None:
+        train_dataset = load_prompts(
+            script_args.dataset_name, split=script_args.dataset_train_split, config=script_args.dataset_config
+        )
+        if training_args.eval_strategy != "no":
+            eval_dataset = load_prompts(
+                script_args.dataset_name,
+                split=script_args.dataset_test_split,
+                config=script_args.dataset_config,
+                num_prompts=script_args.num_eval_prompts,
+            )
+    peft_config = None
+    if script_args.use_peft:
+        peft_config = LoraConfig(
+            r=script_args.lora_r,
+            lora_alpha=script_args.lora_alpha,
+            lora_dropout=script_args.lora_dropout,
+            target_modules=script_args.lora_target_modules,
+            init_lora_weights="gaussian",
+        )
+    return trainer_class(
+        model=script_args.model_name_or_path,
+        reward_funcs=script_args.reward_funcs,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        eval_reward_funcs=script_args.eval_reward_funcs,
+        peft_config=peft_config,
+    )
+
+
+def held_out_scores(log_history: list[dict]) -> dict[str, tuple[float, float]]:
+    """First and last logged held-out mean of each reward, by the reward's name."""
+    prefix, suffix = "eval_rewards/", "/mean"
+    scores = {}
+    for entry in log_history:
+        for key, value in entry.items():
+            if key.startswith(prefix) and key.endswith(suffix):
+                name = key.removeprefix(prefix).removesuffix(suffix)
+                scores[name] = (scores[name][0] if name in scores else value, value)
+    return scores
+
+
+def print_scores(trainer, script_args: FlowScriptArguments) -> None:
+    """Held-out scores before and after training, as a table."""
+    scores = held_out_scores(trainer.state.log_history)
+    if not scores:
+        return
+    trained = len(trainer.reward_funcs)
+    table = Table(title=f"Held-out scores on {len(trainer.eval_dataset)} prompts")
+    table.add_column("reward")
+    for title in ("before", "after", "change"):
+        table.add_column(title, justify="right")
+    for position, (name, (before, after)) in enumerate(scores.items()):
+        label = name if position < trained else f"{name} (not trained on)"
+        table.add_row(label, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+    Console().print(table)
+
+
+def generate_command(trainer, script_args: FlowScriptArguments) -> str:
+    """The command line that makes pictures with the adapter of this run."""
+    dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+    words = ["trl-flow", "generate", "--model", script_args.model_name_or_path]
+    words += ["--adapter", trainer.args.output_dir, "--prompt", dataset[0]["prompt"], "--compare"]
+    return shlex.join(words)
+
+
+def _last_evaluation(trainer) -> int | None:
+    steps = [entry["step"] for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
+    return steps[-1] if steps else None
