@@ -107,7 +107,9 @@ def save_adapter(
         ValueError: `adapter_name` is not one of its adapters, or `state_dict` holds no tensor of the adapter.
     """
     if not isinstance(denoiser, PeftModel):
-        raise TypeError(f"denoiser is a {type(denoiser).__name__}; expected a PeftModel. Wrap it with get_peft_model().")
+        raise TypeError(
+            f"denoiser is a {type(denoiser).__name__}; expected a PeftModel. Wrap it with get_peft_model()."
+        )
     if adapter_name not in denoiser.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r}: the model holds {sorted(denoiser.peft_config)}.")
     output_dir = Path(output_dir)

@@ -34,6 +34,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 from transformers.utils import logging
 
+from ..report.history import public_settings
+
 
 logger = logging.get_logger(__name__)
 
@@ -320,7 +322,9 @@ def _base_license(base_model: str) -> dict[str, str]:
         return {}
     try:
         data = ModelCard.load(card_path, ignore_metadata_errors=True).data
-    except Exception as error:  # offline, gated, no card: a missing licence line must not cost anyone a trained adapter
+    except (
+        Exception
+    ) as error:  # offline, gated, no card: a missing licence line must not cost anyone a trained adapter
         logger.info(f"The licence of {base_model} could not be read: {error}")
         return {}
     fields = ("license", "license_name", "license_link")
@@ -367,14 +371,7 @@ def _snippet(
 def _config_yaml(config: Mapping | None) -> str | None:
     if not config:
         return None
-
-    def is_private(name: str) -> bool:
-        return name.endswith(("_token", "_key", "_password")) or name in ("token", "output_dir", "logging_dir")
-
-    # A round trip through JSON turns enums, tuples and paths into what YAML writes without Python tags.
-    plain = json.loads(json.dumps(dict(config), default=str))
-    shown = {name: value for name, value in plain.items() if value is not None and not is_private(name)}
-    return yaml.safe_dump(shown, sort_keys=True, allow_unicode=True, width=110).strip()
+    return yaml.safe_dump(public_settings(config), sort_keys=True, allow_unicode=True, width=110).strip()
 
 
 def _versions() -> list[tuple[str, str]]:

@@ -1,0 +1,232 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a run left on disk, read into plain lists: log entries, settings, sample pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+
+@dataclass
+class Samples:
+    """
+    Pictures of one moment of a run.
+
+    Args:
+        step (`int`):
+            Update after which they were generated; 0 is before training.
+        prompts (`list[str]`):
+            One per picture.
+        scores (`dict[str, list[float | None]]`):
+            Scores per reward name, one per picture.
+        paths (`list[Path]`):
+            Files, one per picture.
+    """
+
+    step: int
+    prompts: list[str]
+    scores: dict[str, list[float | None]]
+    paths: list[Path]
+
+
+@dataclass
+class RunHistory:
+    """
+    Logs, settings and pictures of a run.
+
+    Args:
+        train (`list[dict]`):
+            Training entries of the log in order, one per step.
+        eval (`list[dict]`):
+            Evaluation entries of the log in order, one per step.
+        summary (`dict`):
+            What the trainer logged once at the end, e.g. `train_runtime`.
+        config (`dict`):
+            Settings of the run, empty when they were not written.
+        samples (`list[Samples]`):
+            Sample pictures in order of their steps.
+        max_steps (`int`):
+            Updates that the run was asked for; 0 when unknown.
+    """
+
+    train: list[dict]
+    eval: list[dict]
+    summary: dict = field(default_factory=dict)
+    config: dict = field(default_factory=dict)
+    samples: list[Samples] = field(default_factory=list)
+    max_steps: int = 0
+
+    def series(self, key: str, kind: str = "train") -> tuple[list[float], list[float]]:
+        """Steps and values of one key, where it was logged and is a finite number."""
+        entries = self.train if kind == "train" else self.eval
+        pairs = [(entry["step"], entry[key]) for entry in entries if finite(entry.get(key))]
+        return [float(step) for step, _ in pairs], [float(value) for _, value in pairs]
+
+    def names(self, pattern: str, kind: str = "train") -> list[str]:
+        """What the one group of `pattern` matches among all logged keys, in order of first appearance."""
+        entries = self.train if kind == "train" else self.eval
+        keys = dict.fromkeys(key for entry in entries for key in entry)
+        return list(dict.fromkeys(match[1] for key in keys if (match := re.fullmatch(pattern, key))))
+
+    def steps_table(self, prefix: str) -> tuple[list[int], list[list[float]]]:
+        """
+        Per-step quantities `<prefix>/step_<i>` of all training entries.
+
+        Returns:
+            `tuple[list[int], list[list[float]]]`: the indices i in ascending order, and one row of values per entry
+            that has any of them, NaN where one is missing.
+        """
+        indices = sorted(int(name) for name in self.names(re.escape(prefix) + r"/step_(\d+)"))
+        rows = []
+        for entry in self.train:
+            row = [entry.get(f"{prefix}/step_{index}") for index in indices]
+            if any(finite(value) for value in row):
+                rows.append([float(value) if finite(value) else math.nan for value in row])
+        return indices, rows
+
+    def last(self, key: str, kind: str = "train") -> float | None:
+        """Last logged value of a key."""
+        values = self.series(key, kind)[1]
+        return values[-1] if values else None
+
+
+def load_history(run_dir: str | Path, log_history: Sequence[Mapping] | None = None) -> RunHistory:
+    """
+    Read a run directory.
+
+    Args:
+        run_dir (`str` or `Path`):
+            Output directory of a trainer.
+        log_history (`Sequence[Mapping]`, *optional*):
+            Log of a run that is still going (`trainer.state.log_history`). Defaults to the newest
+            `trainer_state.json` in the directory or its checkpoints.
+
+    Returns:
+        [`RunHistory`]
+
+    Raises:
+        FileNotFoundError: `run_dir` is not a directory.
+        ValueError: there is no log, or nothing in it.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"{run_dir} is not a directory.")
+    max_steps = 0
+    if log_history is None:
+        state = _newest_state(run_dir)
+        log_history, max_steps = state.get("log_history") or [], state.get("max_steps") or 0
+    train, evaluations, summary = {}, {}, {}
+    for entry in log_history:
+        step = entry.get("step")
+        if step is None:
+            continue
+        if "train_runtime" in entry:
+            summary.update(entry)
+        # Entries of one step are merged: a resumed run logs a step again, and an evaluation may log in parts.
+        elif any(key.startswith("eval_") for key in entry):
+            evaluations.setdefault(step, {}).update(entry)
+        else:
+            train.setdefault(step, {}).update(entry)
+    if not train and not evaluations:
+        raise ValueError(
+            f"{run_dir} holds no training log: expected trainer_state.json, or a checkpoint with one, with at least "
+            "one entry. Has the run logged yet (`logging_steps`)?"
+        )
+    return RunHistory(
+        train=[train[step] for step in sorted(train)],
+        eval=[evaluations[step] for step in sorted(evaluations)],
+        summary=summary,
+        config=_load_config(run_dir),
+        samples=_load_samples(run_dir / "samples"),
+        max_steps=max_steps,
+    )
+
+
+def finite(value) -> bool:
+    """Whether a logged value is a number that can be shown."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def public_settings(config: Mapping) -> dict:
+    """Settings that may be shown to others, as plain YAML types: without tokens, keys, directories and unset values."""
+    # A round trip through JSON turns enums, tuples and paths into plain types.
+    plain = json.loads(json.dumps(dict(config), default=str))
+    private = ("_token", "_key", "_password", "_dir")
+    return {
+        name: value
+        for name, value in plain.items()
+        if value is not None and name != "token" and not name.endswith(private)
+    }
+
+
+def _newest_state(run_dir: Path) -> dict:
+    states = []
+    for path in [run_dir / "trainer_state.json", *run_dir.glob("checkpoint-*/trainer_state.json")]:
+        if path.is_file():
+            try:
+                states.append(json.loads(path.read_text()))
+            except json.JSONDecodeError:
+                continue  # being written at this moment
+    return max(states, key=lambda state: state.get("global_step") or 0, default={})
+
+
+def _load_config(run_dir: Path) -> dict:
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _load_samples(folder: Path) -> list[Samples]:
+    samples = []
+    for directory in sorted(folder.glob("step_*")):
+        match = re.fullmatch(r"step_(\d+)", directory.name)
+        if not match or not directory.is_dir():
+            continue
+        description = {}
+        if directory.with_suffix(".json").is_file():
+            try:
+                description = json.loads(directory.with_suffix(".json").read_text())
+            except json.JSONDecodeError:
+                description = {}
+        paths = {int(path.stem): path for path in directory.glob("*.png") if path.stem.isdigit()}
+        # Prompt, score and file belong together by index; a hole in one must not shift the others.
+        order = sorted(paths)
+        prompts = description.get("prompts") or []
+        scores = description.get("scores") or {}
+
+        def pick(values: list, order: list[int] = order) -> list:
+            return [values[index] if index < len(values) else None for index in order]
+
+        samples.append(
+            Samples(
+                step=int(match[1]),
+                prompts=[prompt or "" for prompt in pick(prompts)],
+                scores={name: pick(values) for name, values in scores.items()},
+                paths=[paths[index] for index in order],
+            )
+        )
+    return [entry for entry in samples if entry.paths]

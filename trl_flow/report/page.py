@@ -1,0 +1,321 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The report of a run: one self-contained page, and its two pictures as files."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+import yaml
+from PIL import Image
+
+from .grid import image_grid
+from .history import RunHistory, Samples, finite, load_history, public_settings
+from .panels import collect_panels, render_svg, save_png
+
+
+PICTURES_IN_PAGE = 12
+PICTURES_IN_FILE = 8
+INLINE_PIXELS = 384
+CURVES_IN_FILE = 6
+SECTIONS = (
+    ("learning", "Learning"),
+    ("credit", "Credit along the trajectory"),
+    ("health", "Health of the optimization"),
+)
+
+
+def write_report(run_dir: str | Path, log_history: Sequence[Mapping] | None = None, title: str | None = None) -> Path:
+    """
+    Write `report.html`, `curves.png` and `before_after.png` into a run directory.
+
+    The page is one file without external resources. It can be written at any time during a run; quantities that were
+    not logged are left out.
+
+    Args:
+        run_dir (`str` or `Path`):
+            Output directory of a trainer: `trainer_state.json` (also in checkpoints), and, where they exist,
+            `config.yaml` and `samples/step_<step>/<index>.png` with `samples/step_<step>.json`.
+        log_history (`Sequence[Mapping]`, *optional*):
+            Log of a run that is still going (`trainer.state.log_history`).
+        title (`str`, *optional*):
+            Heading. Defaults to the directory's name.
+
+    Returns:
+        `Path`: the page.
+
+    Raises:
+        FileNotFoundError: `run_dir` is not a directory.
+        ValueError: there is no log yet.
+    """
+    run_dir = Path(run_dir)
+    history = load_history(run_dir, log_history)
+    panels = collect_panels(history)
+    shown = [panel for panel in panels if panel.section in ("learning", "credit")]
+    shown += [panel for panel in panels if panel.title == "Distance from the base model (KL)"]
+    if shown or panels:
+        save_png((shown or panels)[:CURVES_IN_FILE], run_dir / "curves.png")
+    _save_before_after(history.samples, run_dir / "before_after.png")
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = importlib.resources.files("trl_flow.report").joinpath("templates/report.html").read_text("utf-8")
+    drawn = [(panel, render_svg(panel)) for panel in panels]
+    page = environment.from_string(template).render(
+        title=title or run_dir.resolve().name,
+        progress=_progress(history),
+        tiles=_tiles(history),
+        pairs=_pairs(history.samples),
+        picture_note=_picture_note(history.samples),
+        sections=[
+            (heading, [(panel, svg) for panel, svg in drawn if panel.section == name])
+            for name, heading in SECTIONS
+            if any(panel.section == name for panel in panels)
+        ],
+        scores=_score_table(history),
+        numbers=_numbers(history),
+        settings=_settings(history.config),
+    )
+    path = run_dir / "report.html"
+    partial = run_dir / ".report.partial.html"
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def _progress(history: RunHistory) -> str:
+    step = max([entry["step"] for entry in history.train + history.eval])
+    total = history.max_steps or history.config.get("max_steps") or 0
+    text = f"{step:,} of {total:,} updates" if isinstance(total, int) and total > step else f"{step:,} updates"
+    elapsed = history.last("time/elapsed")
+    return f"{text} in {_duration(elapsed)}" if elapsed is not None else text
+
+
+def _score_table(history: RunHistory) -> list[dict[str, str]]:
+    rows = []
+    keys = [f"eval_rewards/{name}" for name in history.names(r"eval_rewards/(.+)/mean", "eval")]
+    for key in keys or ["eval_reward"]:
+        values = history.series(f"{key}/mean" if keys else key, "eval")
+        if not values[0]:
+            continue
+        row = {"name": key.removeprefix("eval_rewards/") if keys else "held-out reward"}
+        for label, position in (("before", 0), ("after", -1)):
+            step, mean = values[0][position], values[1][position]
+            entry = next(entry for entry in history.eval if entry["step"] == step)
+            std, count = entry.get(f"{key}/std"), entry.get("eval_num_samples")
+            half = f" ± {_number(1.96 * std / math.sqrt(count))}" if finite(std) and finite(count) and count else ""
+            row[label], row[f"{label}_interval"], row[f"{label}_step"] = _number(mean), half, f"{step:,.0f}"
+        change = values[1][-1] - values[1][0]
+        row["change"] = f"{change:+.3f}" if abs(change) >= 0.0005 or change == 0 else f"{change:+.1e}"
+        row["direction"] = "up" if change > 0 else "down" if change < 0 else "same"
+        row["moved"] = len(values[0]) > 1
+        rows.append(row)
+    return rows
+
+
+def _tiles(history: RunHistory) -> list[dict[str, str]]:
+    tiles = []
+    for row in _score_table(history)[:4]:
+        tile = {"label": f"held-out {row['name']}" if row["name"] != "held-out reward" else row["name"]}
+        tile["value"] = f"{row['before']} → {row['after']}" if row["moved"] else row["after"]
+        if row["moved"]:
+            tile["change"], tile["direction"] = row["change"], row["direction"]
+        tiles.append(tile)
+    rewards = history.series("reward")[1]
+    if rewards:
+        # A single update's reward is mostly the luck of its prompts; a tenth of the run at either end is not.
+        window = max(1, len(rewards) // 10)
+        first, last = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
+        tile = {"label": "training reward", "value": _number(first)}
+        if len(rewards) > 1:
+            tile |= {
+                "value": f"{_number(first)} → {_number(last)}",
+                "change": f"{last - first:+.3f}",
+                "direction": "up" if last > first else "down" if last < first else "same",
+            }
+        tiles.append(tile)
+    nfe = history.last("nfe")
+    if nfe is not None:
+        tiles.append({"label": "function evaluations", "value": _count(nfe)})
+    return tiles
+
+
+def _numbers(history: RunHistory) -> list[tuple[str, str]]:
+    rows = [("updates", f"{max(entry['step'] for entry in history.train + history.eval):,}")]
+    for label, key, form in (
+        ("training time", "time/elapsed", _duration),
+        ("function evaluations", "nfe", lambda value: f"{value:,.0f}"),
+        ("training reward, last update", "reward", _number),
+        ("reward spread, last update", "reward_std", _number),
+        ("groups without signal, last update", "frac_reward_zero_std", _number),
+        ("KL, last update", "kl", _number),
+        ("clipped share, last update", "clip_ratio", _number),
+        ("gradient norm, last update", "grad_norm", _number),
+        ("loss, last update", "loss", _number),
+    ):
+        value = history.last(key)
+        if value is not None:
+            rows.append((label, form(value)))
+    samples = history.last("eval_num_samples", "eval")
+    if samples is not None:
+        rows.append(("pictures per evaluation", f"{samples:,.0f}"))
+    runtime = history.summary.get("train_runtime")
+    if finite(runtime):
+        rows.append(("whole run with evaluations", _duration(runtime)))
+    return rows
+
+
+def _settings(config: Mapping) -> list[tuple[str, str]]:
+    rows = []
+    for name, value in sorted(public_settings(config).items()):
+        text = (
+            value
+            if isinstance(value, str)
+            else yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+        )
+        rows.append((name, text.removesuffix("\n").removesuffix("\n...")))
+    return rows
+
+
+def _matched(samples: list[Samples]) -> tuple[Samples, Samples | None, list[tuple[int, int | None]]]:
+    """First and last set of pictures, and which picture of one belongs to which of the other."""
+    before, after = samples[0], samples[-1] if len(samples) > 1 else None
+    if after is None:
+        return before, None, [(index, None) for index in range(len(before.paths))]
+    names = {path.name: index for index, path in enumerate(after.paths)}
+    return before, after, [(i, names[path.name]) for i, path in enumerate(before.paths) if path.name in names]
+
+
+def _pairs(samples: list[Samples]) -> list[dict]:
+    if not samples:
+        return []
+    before, after, matches = _matched(samples)
+    pairs = []
+    for i, j in matches[:PICTURES_IN_PAGE]:
+        pictures = []
+        for label, entry, index in (("before", before, i), ("after", after, j)):
+            if entry is None:
+                continue
+            uri, is_small = _inline(entry.paths[index])
+            scores = []
+            for name, values in entry.scores.items():
+                value, first = values[index], (before.scores.get(name) or [None] * (i + 1))[i]
+                if not finite(value):
+                    continue
+                direction = ""
+                if label == "after" and finite(first) and value != first:
+                    direction = "up" if value > first else "down"
+                scores.append({"name": name, "value": _number(value), "direction": direction})
+            pictures.append(
+                {
+                    "label": label if after is not None else f"update {entry.step:,}",
+                    "uri": uri,
+                    "is_small": is_small,
+                    "scores": scores,
+                }
+            )
+        pairs.append({"prompt": before.prompts[i], "pictures": pictures})
+    return pairs
+
+
+def _picture_note(samples: list[Samples]) -> str:
+    if not samples:
+        return ""
+    before, after, matches = _matched(samples)
+    shown = min(len(matches), PICTURES_IN_PAGE)
+    which = f"The first {shown} of {len(matches)} held-out prompts" if shown < len(matches) else "Held-out prompts"
+    if after is None:
+        return f"{which}, after {before.step:,} updates."
+    start = "before training" if before.step == 0 else f"after {before.step:,} updates"
+    return f"{which}; left {start}, right after {after.step:,} updates, from the same noise."
+
+
+def _save_before_after(samples: list[Samples], path: Path) -> None:
+    if not samples:
+        return
+    before, after, matches = _matched(samples)
+    matches = matches[:PICTURES_IN_FILE]
+    if not matches:
+        return
+    columns = 4 if len(matches) > 4 else len(matches)
+    images, captions, labels = [], [], []
+    for start in range(0, len(matches), columns):
+        block = matches[start : start + columns]
+        padding = [None] * (columns - len(block))
+        for label, entry, indices in (
+            ("before", before, [i for i, _ in block]),
+            ("after", after, [j for _, j in block]),
+        ):
+            if entry is None:
+                continue
+            images += [_open(entry.paths[index]) for index in indices] + padding
+            texts = [_score_text(entry, index) for index in indices]
+            if label == "before" or after is None:
+                texts = [f"{entry.prompts[index]}\n{text}" for index, text in zip(indices, texts, strict=True)]
+            captions += [text.strip("\n") for text in texts] + [""] * len(padding)
+            labels.append(label if after is not None else f"update {entry.step:,}")
+    grid = image_grid(images, captions, columns=columns, row_labels=labels)
+    partial = path.with_name(f".{path.stem}.partial.png")
+    grid.save(partial)
+    partial.replace(path)
+
+
+def _score_text(samples: Samples, index: int) -> str:
+    values = {name: values[index] for name, values in samples.scores.items()}
+    return "\n".join(f"{name} {_number(value)}" for name, value in values.items() if finite(value))
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _inline(path: Path) -> tuple[str, bool]:
+    """Picture as a data URI, and whether it is so small that the page should enlarge it without smoothing."""
+    image = _open(path)
+    buffer = io.BytesIO()
+    if max(image.size) <= 128:
+        image.save(buffer, "PNG", optimize=True)
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), True
+    image.thumbnail((INLINE_PIXELS, INLINE_PIXELS), Image.Resampling.LANCZOS)
+    image.save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), False
+
+
+def _number(value: float) -> str:
+    if value == 0 or 0.001 <= abs(value) < 1000:
+        return f"{value:.3f}"
+    return f"{value:.3g}"
+
+
+def _count(value: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

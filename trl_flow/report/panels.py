@@ -1,0 +1,414 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The plots of a run: each panel shows one question's answer on one pair of axes."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .history import RunHistory
+
+
+# Mid-tones that keep a contrast of 3:1 on white and on near-black, in an order that colour-blind readers can tell apart.
+COLORS = ("#2b7fd4", "#d9730d", "#178f6f", "#b8568f", "#7f6bd1", "#8a7420")
+EARLY, LATE = "#8c95a1", "#2b7fd4"
+INK, LINE = "#1c1e21", "#d5d8dc"
+# In SVG these two stand for "the page's text colour" and "the page's line colour".
+SVG_INK, SVG_LINE = "#0a0b0c", "#0a0b0d"
+PANEL_SIZE = (5.4, 3.1)
+LEGEND_COLUMNS = 3
+
+
+@dataclass
+class Panel:
+    """
+    One plot.
+
+    Args:
+        title (`str`):
+            Heading.
+        note (`str`):
+            What one sees, in a sentence for readers who meet the quantity for the first time.
+        draw (`Callable[[Axes], None]`):
+            Draws it.
+        section (`str`):
+            Part of the report that it belongs to: `"learning"`, `"credit"` or `"health"`.
+    """
+
+    title: str
+    note: str
+    draw: Callable[[Axes], None]
+    section: str
+
+
+def collect_panels(history: RunHistory) -> list[Panel]:
+    """Panels for what the run has logged, in reading order; quantities that are absent have no panel."""
+    panels = []
+
+    if history.series("reward")[0]:
+        panels.append(
+            Panel(
+                "Training reward",
+                "Mean reward of the pictures sampled for each update; the thick line is a running mean.",
+                lambda axes: _draw_reward(axes, history),
+                "learning",
+            )
+        )
+    panels += _score_panels(
+        history,
+        history.names(r"eval_rewards/(.+)/mean", "eval")
+        or (["eval_reward"] if history.series("eval_reward", "eval")[0] else []),
+        "eval",
+    )
+    names = history.names(r"rewards/(.+)/mean")
+    if len(names) > 1:
+        panels += _score_panels(history, names, "train")
+
+    for prefix, title, note, reference, as_bars in (
+        (
+            "dense_reward",
+            "Dense reward per denoising step",
+            "How much one step changes the reward of the picture that it leads to, on average.",
+            0.0,
+            False,
+        ),
+        (
+            "dense_reward/positive",
+            "Share of steps that improve the picture",
+            "Fraction of dense rewards above zero; near 0.5 the step's noise explores in both directions.",
+            0.5,
+            False,
+        ),
+        (
+            "grad_share",
+            "Gradient share per denoising step",
+            "Which steps the update comes from. Steps with little noise tend to drown the others.",
+            None,
+            True,
+        ),
+        (
+            "advantages/std",
+            "Spread of advantages per denoising step",
+            "Standard deviation of the advantages; a step at 0 teaches nothing.",
+            None,
+            False,
+        ),
+    ):
+        indices, rows = history.steps_table(prefix)
+        if rows:
+            panels.append(
+                Panel(
+                    title,
+                    note,
+                    lambda axes, i=indices, r=rows, ref=reference, bars=as_bars, p=prefix: _draw_per_step(
+                        axes, i, r, ref, bars, unit_interval=p.endswith(("positive", "grad_share"))
+                    ),
+                    "credit",
+                )
+            )
+
+    if any(history.series(f"ratio/{name}")[0] for name in ("mean", "min", "max")):
+        panels.append(
+            Panel(
+                "Importance ratio",
+                "New over old probability of the sampled steps: mean, and the range from smallest to largest.",
+                lambda axes: _draw_ratio(axes, history),
+                "health",
+            )
+        )
+    for key, title, note in (
+        (
+            "clip_ratio",
+            "Clipped share",
+            "Fraction of steps whose ratio left the clip range, so that they no longer pull.",
+        ),
+        (
+            "kl",
+            "Distance from the base model (KL)",
+            "How far the policy has moved away from the model it started from.",
+        ),
+        (
+            "frac_reward_zero_std",
+            "Groups without signal",
+            "Fraction of prompt groups whose pictures all got the same reward; they are left out of the update.",
+        ),
+        ("grad_norm", "Gradient norm", "Before clipping."),
+        ("learning_rate", "Learning rate", "As scheduled."),
+    ):
+        steps, values = history.series(key)
+        if steps and (key != "learning_rate" or len(set(values)) > 1):
+            panels.append(Panel(title, note, lambda axes, s=steps, v=values: _draw_line(axes, s, v), "health"))
+    phases = [name for name in history.names(r"time/(.+)") if name != "elapsed"]
+    if any(history.series(f"time/{name}")[0] for name in phases):
+        panels.append(
+            Panel(
+                "Where the time goes",
+                "Seconds of each update, by phase.",
+                lambda axes: _draw_phases(axes, history, phases),
+                "health",
+            )
+        )
+    return panels
+
+
+def render_svg(panel: Panel) -> str:
+    """
+    Panel as an `<svg>` element to be put into a page.
+
+    Its text and lines take the page's colours (`currentColor` and `var(--line)`), so that it follows a dark theme.
+    """
+    figure = Figure(figsize=PANEL_SIZE, layout="constrained")
+    # A fixed salt makes the ids, and so the page, the same from one run to the next; the title keeps them apart
+    # between the panels of a page.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.title}):
+        axes = figure.add_subplot()
+        _style(axes, SVG_INK, SVG_LINE)
+        panel.draw(axes)
+        _legend(axes, SVG_INK)
+        buffer = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = svg[svg.index("<svg") :].replace(SVG_INK, "currentColor").replace(SVG_LINE, "var(--line)")
+    # Without a fixed size the drawing takes its column's width.
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    slug = re.sub(r"\W+", "-", panel.title.lower()).strip("-")
+    svg = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{slug}-", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{panel.title}"', 1).strip()
+
+
+def save_png(panels: Sequence[Panel], path: Path, columns: int = 2) -> None:
+    """Several panels in one picture on white, for the model card and the README."""
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(PANEL_SIZE[0] * columns, (PANEL_SIZE[1] + 0.5) * rows), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    FigureCanvasAgg(figure)
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _style(axes, INK, LINE)
+        panel.draw(axes)
+        legend_rows = _legend(axes, INK)
+        axes.set_title(panel.title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=8 + 15 * legend_rows)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG whole or not at all, so that nobody sees half of one during a run."""
+    partial = path.with_name(f".{path.stem}.partial.png")
+    figure.savefig(partial, dpi=130, facecolor="white")
+    partial.replace(path)
+
+
+def _style(axes: Axes, ink: str, line: str) -> None:
+    axes.set_facecolor("none")
+    axes.figure.patch.set_alpha(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(line)
+    axes.grid(axis="y", color=line, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=ink, labelsize=9, length=0, pad=5)
+    axes.xaxis.label.set_color(ink)
+    axes.yaxis.label.set_color(ink)
+    axes.xaxis.label.set_size(9)
+    axes.yaxis.label.set_size(9)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+
+
+def _legend(axes: Axes, ink: str) -> int:
+    """Legend above the axes, where it hides no data; returns its number of rows."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return 0
+    columns = LEGEND_COLUMNS if max(map(len, labels)) < 22 else 1
+    axes.legend(
+        handles,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=columns,
+        frameon=False,
+        labelcolor=ink,
+        fontsize=9,
+        handlelength=1.4,
+        columnspacing=1.4,
+        borderaxespad=0.2,
+    )
+    return math.ceil(len(labels) / columns)
+
+
+def _marker(steps: Sequence) -> str | None:
+    return "o" if len(steps) <= 30 else None
+
+
+def _draw_line(axes: Axes, steps: list[float], values: list[float]) -> None:
+    axes.plot(steps, values, color=COLORS[0], linewidth=1.6, marker=_marker(steps), markersize=3.5)
+    axes.set_xlabel("update")
+
+
+def _draw_reward(axes: Axes, history: RunHistory) -> None:
+    steps, values = history.series("reward")
+    window = max(1, len(values) // 10)
+    if window > 1:
+        axes.plot(steps, values, color=COLORS[0], linewidth=1, alpha=0.4)
+        means = [float(np.mean(values[max(0, i + 1 - window) : i + 1])) for i in range(len(values))]
+        axes.plot(steps, means, color=COLORS[0], linewidth=2.2)
+    else:
+        axes.plot(steps, values, color=COLORS[0], linewidth=2, marker="o", markersize=3.5)
+    axes.set_xlabel("update")
+
+
+def _score_panels(history: RunHistory, names: list[str], kind: str) -> list[Panel]:
+    """One panel for scores that share a scale; else one per score, since an aesthetic score of 5.6 flattens all below 1."""
+    prefix, title = (
+        ("eval_rewards", "Held-out score") if kind == "eval" else ("rewards", "Training reward by function")
+    )
+    note = (
+        "Pictures of prompts that training never sees, always from the same noise"
+        if kind == "eval"
+        else "Mean of each reward function over the pictures sampled for an update"
+    )
+    curves = {}
+    for name in names:
+        key = name if name == "eval_reward" else f"{prefix}/{name}/mean"
+        steps, means = history.series(key, kind)
+        if not steps:
+            continue
+        half_intervals = None
+        if kind == "eval":
+            spread = dict(zip(*history.series(f"{prefix}/{name}/std", kind), strict=True))
+            counts = dict(zip(*history.series("eval_num_samples", kind), strict=True))
+            if all(spread.get(step) is not None and counts.get(step) for step in steps):
+                half_intervals = [1.96 * spread[step] / math.sqrt(counts[step]) for step in steps]
+        curves["held-out reward" if name == "eval_reward" else name] = (steps, means, half_intervals)
+    if not curves:
+        return []
+    with_band = any(half_intervals for _, _, half_intervals in curves.values())
+    note += "; the band is the 95 % interval of the mean." if with_band else "."
+    shared = all(-1.05 <= value <= 1.05 for _, means, _ in curves.values() for value in means)
+    groups = [list(curves)] if shared and len(curves) <= len(COLORS) else [[name] for name in curves]
+
+    def draw(axes: Axes, group: list[str]) -> None:
+        for index, name in enumerate(group):
+            steps, means, half_intervals = curves[name]
+            color = COLORS[index % len(COLORS)]
+            label = name if len(group) > 1 or len(groups) == 1 else None
+            axes.plot(steps, means, color=color, linewidth=2, marker=_marker(steps), markersize=4, label=label)
+            if half_intervals:
+                means, half = np.array(means), np.array(half_intervals)
+                axes.fill_between(steps, means - half, means + half, color=color, alpha=0.16, linewidth=0)
+        axes.set_xlabel("update")
+
+    section = "learning" if kind == "eval" else "health"
+    return [
+        Panel(
+            (f"{title}s" if kind == "eval" and len(group) > 1 else title)
+            + (f": {group[0]}" if len(groups) > 1 else ""),
+            note,
+            lambda axes, g=group: draw(axes, g),
+            section,
+        )
+        for group in groups
+    ]
+
+
+def _draw_per_step(
+    axes: Axes,
+    indices: list[int],
+    rows: list[list[float]],
+    reference: float | None,
+    as_bars: bool,
+    unit_interval: bool,
+) -> None:
+    table = np.array(rows)
+    if len(table) >= 8:
+        quarter = len(table) // 4
+        periods = [("first quarter of training", table[:quarter], EARLY), ("last quarter", table[-quarter:], LATE)]
+    elif len(table) >= 2:
+        periods = [("first update", table[:1], EARLY), ("last update", table[-1:], LATE)]
+    else:
+        periods = [("", table, LATE)]
+    positions = np.array(indices, dtype=float)
+    if reference is not None:
+        axes.axhline(reference, color=axes.spines["left"].get_edgecolor(), linewidth=1.4)
+    for number, (label, period, color) in enumerate(periods):
+        counts = np.isfinite(period).sum(axis=0)
+        means = np.divide(np.nansum(period, axis=0), counts, out=np.full(len(indices), np.nan), where=counts > 0)
+        if as_bars:
+            width = 0.8 / len(periods)
+            offset = (number - (len(periods) - 1) / 2) * width
+            axes.bar(positions + offset, means, width * 0.92, color=color, label=label or None)
+        else:
+            axes.plot(positions, means, color=color, linewidth=2, marker="o", markersize=4.5, label=label or None)
+    if len(indices) <= 12:
+        axes.set_xticks(indices)
+    if unit_interval:
+        low, high = axes.get_ylim()
+        axes.set_ylim(0, max(high, 0.75) if reference is not None else high)
+    axes.set_xlabel("denoising step (0 = most noise)")
+
+
+def _draw_ratio(axes: Axes, history: RunHistory) -> None:
+    low = dict(zip(*history.series("ratio/min"), strict=True))
+    high = dict(zip(*history.series("ratio/max"), strict=True))
+    both = sorted(low.keys() & high.keys())
+    axes.fill_between(
+        both,
+        [low[s] for s in both],
+        [high[s] for s in both],
+        color=COLORS[0],
+        alpha=0.18,
+        linewidth=0,
+        label="min to max",
+    )
+    steps, means = history.series("ratio/mean")
+    if steps:
+        axes.plot(steps, means, color=COLORS[0], linewidth=1.8, marker=_marker(steps), markersize=3.5, label="mean")
+    axes.axhline(1, color=axes.spines["left"].get_edgecolor(), linewidth=1.4)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.set_xlabel("update")
+
+
+def _draw_phases(axes: Axes, history: RunHistory, phases: list[str]) -> None:
+    columns = {phase: dict(zip(*history.series(f"time/{phase}"), strict=True)) for phase in phases}
+    steps = sorted({step for column in columns.values() for step in column})
+    heights = [[column.get(step, 0.0) for step in steps] for column in columns.values()]
+    if len(steps) <= 60:
+        width = 0.8 * min((b - a for a, b in zip(steps, steps[1:], strict=False)), default=1.0)
+        base = np.zeros(len(steps))
+        for index, (phase, height) in enumerate(zip(columns, heights, strict=True)):
+            axes.bar(steps, height, width, bottom=base, color=COLORS[index % len(COLORS)], label=phase)
+            base += np.array(height)
+    else:
+        colors = [COLORS[index % len(COLORS)] for index in range(len(phases))]
+        axes.stackplot(steps, heights, labels=list(columns), colors=colors, linewidth=0)
+    axes.set_xlabel("update")
+    axes.set_ylabel("seconds")
