@@ -80,7 +80,7 @@ def plot_calibration(before: Mapping, after: Mapping | None, path: str | Path) -
         top.set_ylim(low - margin, high + 3 * margin)
         top.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=10)
         steps = range(len(gains))
-        bottom.bar(steps, levels, color=COLORS[column], width=0.62)
+        bottom.bar(steps, levels, color=COLORS[4], width=0.62)
         bottom.set_ylim(0, highest * 1.3 if highest > 0 else 1)
         if len(gains) <= 16:
             for step, level in zip(steps, levels, strict=True):
@@ -105,16 +105,16 @@ def plot_calibration(before: Mapping, after: Mapping | None, path: str | Path) -
 
 def _draw_gains(axes: Axes, gains: list[np.ndarray]) -> None:
     axes.axhline(0, color=INK, linewidth=0.9)
-    counts = {len(step) for step in gains if len(step)}
-    if len(counts) == 1 and all(len(step) for step in gains):
-        # The same trajectories at every step: one polyline each, as in the paper. Beyond a few dozen they are a blur.
-        for trajectory in np.stack(gains).T[:24]:
-            axes.plot(range(len(gains)), trajectory, color=COLORS[0], linewidth=0.6, alpha=0.25)
     generator = np.random.default_rng(0)
+    jitter = generator.uniform(-0.16, 0.16, max(len(step) for step in gains))
+    if len({len(step) for step in gains}) == 1:
+        # The same trajectories at every step: one polyline each, as in the paper. Beyond a few dozen they are a blur.
+        for trajectory, shift in list(zip(np.stack(gains).T, jitter, strict=True))[:24]:
+            axes.plot(np.arange(len(gains)) + shift, trajectory, color="#8c95a1", linewidth=0.6, alpha=0.35)
     for step, values in enumerate(gains):
         if not len(values):
             continue
-        x = step + generator.uniform(-0.16, 0.16, len(values))
+        x = step + jitter[: len(values)]
         for sign, color in ((values > 0, COLORS[0]), (values < 0, COLORS[1]), (values == 0, "#8c95a1")):
             axes.scatter(x[sign], values[sign], s=7, color=color, alpha=0.6, linewidths=0, zorder=3)
         axes.annotate(

@@ -134,6 +134,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    if not text:
+        return []
     lines = []
     for paragraph in text.split("\n"):
         line = ""

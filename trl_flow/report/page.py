@@ -209,30 +209,38 @@ def _pairs(samples: list[Samples]) -> list[dict]:
     before, after, matches = _matched(samples)
     pairs = []
     for i, j in matches[:PICTURES_IN_PAGE]:
+        shown = (
+            [("before", before, i), ("after", after, j)]
+            if after is not None
+            else [(f"update {before.step:,}", before, i)]
+        )
         pictures = []
-        for label, entry, index in (("before", before, i), ("after", after, j)):
-            if entry is None:
-                continue
+        for label, entry, index in shown:
             uri, is_small = _inline(entry.paths[index])
-            scores = []
-            for name, values in entry.scores.items():
-                value, first = values[index], (before.scores.get(name) or [None] * (i + 1))[i]
-                if not finite(value):
-                    continue
-                direction = ""
-                if label == "after" and finite(first) and value != first:
-                    direction = "up" if value > first else "down"
-                scores.append({"name": name, "value": _number(value), "direction": direction})
-            pictures.append(
-                {
-                    "label": label if after is not None else f"update {entry.step:,}",
-                    "uri": uri,
-                    "is_small": is_small,
-                    "scores": scores,
-                }
-            )
-        pairs.append({"prompt": before.prompts[i], "pictures": pictures})
+            pictures.append({"label": label, "uri": uri, "is_small": is_small})
+        pairs.append({"prompt": before.prompts[i], "pictures": pictures, "scores": _pair_scores(before, after, i, j)})
     return pairs
+
+
+def _pair_scores(before: Samples, after: Samples | None, i: int, j: int | None) -> list[dict[str, str]]:
+    rows = []
+    for name in dict.fromkeys([*before.scores, *(after.scores if after is not None else [])]):
+        first = before.scores[name][i] if name in before.scores else None
+        last = after.scores[name][j] if after is not None and name in after.scores else None
+        if not finite(first) and not finite(last):
+            continue
+        direction = ""
+        if finite(first) and finite(last) and first != last:
+            direction = "up" if last > first else "down"
+        rows.append(
+            {
+                "name": name,
+                "before": _number(first) if finite(first) else "",
+                "after": _number(last) if finite(last) else "",
+                "direction": direction,
+            }
+        )
+    return rows
 
 
 def _picture_note(samples: list[Samples]) -> str:
@@ -254,32 +262,29 @@ def _save_before_after(samples: list[Samples], path: Path) -> None:
     matches = matches[:PICTURES_IN_FILE]
     if not matches:
         return
-    columns = 4 if len(matches) > 4 else len(matches)
+    columns = min(4, len(matches))
     images, captions, labels = [], [], []
     for start in range(0, len(matches), columns):
         block = matches[start : start + columns]
         padding = [None] * (columns - len(block))
-        for label, entry, indices in (
-            ("before", before, [i for i, _ in block]),
-            ("after", after, [j for _, j in block]),
-        ):
-            if entry is None:
-                continue
-            images += [_open(entry.paths[index]) for index in indices] + padding
-            texts = [_score_text(entry, index) for index in indices]
-            if label == "before" or after is None:
-                texts = [f"{entry.prompts[index]}\n{text}" for index, text in zip(indices, texts, strict=True)]
-            captions += [text.strip("\n") for text in texts] + [""] * len(padding)
-            labels.append(label if after is not None else f"update {entry.step:,}")
+        texts = [before.prompts[i] for i, _ in block]
+        for position, (i, j) in enumerate(block):
+            for row in _pair_scores(before, after, i, j):
+                values = [value for value in (row["before"], row["after"]) if value]
+                texts[position] += f"\n{row['name']} {' → '.join(values)}"
+        texts = [text.strip("\n") for text in texts] + [""] * len(padding)
+        images += [_open(before.paths[i]) for i, _ in block] + padding
+        if after is None:
+            captions += texts
+            labels.append(f"update {before.step:,}")
+        else:
+            images += [_open(after.paths[j]) for _, j in block] + padding
+            captions += [""] * columns + texts
+            labels += ["before", "after"]
     grid = image_grid(images, captions, columns=columns, row_labels=labels)
     partial = path.with_name(f".{path.stem}.partial.png")
     grid.save(partial)
     partial.replace(path)
-
-
-def _score_text(samples: Samples, index: int) -> str:
-    values = {name: values[index] for name, values in samples.scores.items()}
-    return "\n".join(f"{name} {_number(value)}" for name, value in values.items() if finite(value))
 
 
 def _open(path: Path) -> Image.Image:

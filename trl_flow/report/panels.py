@@ -40,8 +40,7 @@ EARLY, LATE = "#8c95a1", "#2b7fd4"
 INK, LINE = "#1c1e21", "#d5d8dc"
 # In SVG these two stand for "the page's text colour" and "the page's line colour".
 SVG_INK, SVG_LINE = "#0a0b0c", "#0a0b0d"
-PANEL_SIZE = (5.4, 3.1)
-LEGEND_COLUMNS = 3
+PANEL_SIZE = (4.3, 2.7)
 
 
 @dataclass
@@ -207,7 +206,9 @@ def save_png(panels: Sequence[Panel], path: Path, columns: int = 2) -> None:
     """Several panels in one picture on white, for the model card and the README."""
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(PANEL_SIZE[0] * columns, (PANEL_SIZE[1] + 0.5) * rows), layout="constrained")
+    figure = Figure(
+        figsize=(1.15 * PANEL_SIZE[0] * columns, (1.15 * PANEL_SIZE[1] + 0.4) * rows), layout="constrained"
+    )
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     FigureCanvasAgg(figure)
     for index, panel in enumerate(panels):
@@ -215,7 +216,7 @@ def save_png(panels: Sequence[Panel], path: Path, columns: int = 2) -> None:
         _style(axes, INK, LINE)
         panel.draw(axes)
         legend_rows = _legend(axes, INK)
-        axes.set_title(panel.title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=8 + 15 * legend_rows)
+        axes.set_title(panel.title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=9 + 16 * legend_rows)
     save_figure(figure, path)
 
 
@@ -234,13 +235,13 @@ def _style(axes: Axes, ink: str, line: str) -> None:
         axes.spines[side].set_color(line)
     axes.grid(axis="y", color=line, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=ink, labelsize=9, length=0, pad=5)
+    axes.tick_params(colors=ink, labelsize=10, length=0, pad=5)
     axes.xaxis.label.set_color(ink)
     axes.yaxis.label.set_color(ink)
-    axes.xaxis.label.set_size(9)
-    axes.yaxis.label.set_size(9)
-    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.label.set_size(10)
+    axes.yaxis.label.set_size(10)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _legend(axes: Axes, ink: str) -> int:
@@ -248,21 +249,26 @@ def _legend(axes: Axes, ink: str) -> int:
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return 0
-    columns = LEGEND_COLUMNS if max(map(len, labels)) < 22 else 1
+    longest = max(map(len, labels))
+    columns = 4 if longest < 9 else 3 if longest < 14 else 2 if longest < 22 else 1
     axes.legend(
         handles,
         labels,
         loc="lower left",
         bbox_to_anchor=(-0.02, 1.0),
-        ncols=columns,
+        ncols=min(columns, len(labels)),
         frameon=False,
         labelcolor=ink,
-        fontsize=9,
+        fontsize=10,
         handlelength=1.4,
         columnspacing=1.4,
         borderaxespad=0.2,
     )
     return math.ceil(len(labels) / columns)
+
+
+def _reference_line(axes: Axes, value: float) -> None:
+    axes.axhline(value, color=axes.xaxis.label.get_color(), linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7, zorder=1)
 
 
 def _marker(steps: Sequence) -> str | None:
@@ -312,7 +318,7 @@ def _score_panels(history: RunHistory, names: list[str], kind: str) -> list[Pane
     if not curves:
         return []
     with_band = any(half_intervals for _, _, half_intervals in curves.values())
-    note += "; the band is the 95 % interval of the mean." if with_band else "."
+    note += "; the band is the 95\u00a0% interval of the mean." if with_band else "."
     shared = all(-1.05 <= value <= 1.05 for _, means, _ in curves.values() for value in means)
     groups = [list(curves)] if shared and len(curves) <= len(COLORS) else [[name] for name in curves]
 
@@ -327,14 +333,13 @@ def _score_panels(history: RunHistory, names: list[str], kind: str) -> list[Pane
                 axes.fill_between(steps, means - half, means + half, color=color, alpha=0.16, linewidth=0)
         axes.set_xlabel("update")
 
-    section = "learning" if kind == "eval" else "health"
     return [
         Panel(
             (f"{title}s" if kind == "eval" and len(group) > 1 else title)
             + (f": {group[0]}" if len(groups) > 1 else ""),
             note,
             lambda axes, g=group: draw(axes, g),
-            section,
+            "learning",
         )
         for group in groups
     ]
@@ -351,14 +356,14 @@ def _draw_per_step(
     table = np.array(rows)
     if len(table) >= 8:
         quarter = len(table) // 4
-        periods = [("first quarter of training", table[:quarter], EARLY), ("last quarter", table[-quarter:], LATE)]
+        periods = [("first quarter", table[:quarter], EARLY), ("last quarter", table[-quarter:], LATE)]
     elif len(table) >= 2:
         periods = [("first update", table[:1], EARLY), ("last update", table[-1:], LATE)]
     else:
         periods = [("", table, LATE)]
     positions = np.array(indices, dtype=float)
     if reference is not None:
-        axes.axhline(reference, color=axes.spines["left"].get_edgecolor(), linewidth=1.4)
+        _reference_line(axes, reference)
     for number, (label, period, color) in enumerate(periods):
         counts = np.isfinite(period).sum(axis=0)
         means = np.divide(np.nansum(period, axis=0), counts, out=np.full(len(indices), np.nan), where=counts > 0)
@@ -371,8 +376,8 @@ def _draw_per_step(
     if len(indices) <= 12:
         axes.set_xticks(indices)
     if unit_interval:
-        low, high = axes.get_ylim()
-        axes.set_ylim(0, max(high, 0.75) if reference is not None else high)
+        high = axes.get_ylim()[1]
+        axes.set_ylim(0, 1 if reference is not None else high)
     axes.set_xlabel("denoising step (0 = most noise)")
 
 
@@ -392,7 +397,7 @@ def _draw_ratio(axes: Axes, history: RunHistory) -> None:
     steps, means = history.series("ratio/mean")
     if steps:
         axes.plot(steps, means, color=COLORS[0], linewidth=1.8, marker=_marker(steps), markersize=3.5, label="mean")
-    axes.axhline(1, color=axes.spines["left"].get_edgecolor(), linewidth=1.4)
+    _reference_line(axes, 1)
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.set_xlabel("update")
 
@@ -401,7 +406,7 @@ def _draw_phases(axes: Axes, history: RunHistory, phases: list[str]) -> None:
     columns = {phase: dict(zip(*history.series(f"time/{phase}"), strict=True)) for phase in phases}
     steps = sorted({step for column in columns.values() for step in column})
     heights = [[column.get(step, 0.0) for step in steps] for column in columns.values()]
-    if len(steps) <= 60:
+    if len(steps) <= 24:
         width = 0.8 * min((b - a for a, b in zip(steps, steps[1:], strict=False)), default=1.0)
         base = np.zeros(len(steps))
         for index, (phase, height) in enumerate(zip(columns, heights, strict=True)):
