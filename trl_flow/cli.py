@@ -14,6 +14,7 @@
 
 """The `trl-flow` command. Reads the command's name and nothing else, so that it starts before torch is imported."""
 
+import difflib
 import importlib
 import os
 import sys
@@ -111,8 +112,6 @@ def main(argv: list[str] | None = None) -> int:
     command, *args = argv
     names = [name for commands in COMMANDS.values() for name in commands]
     if command not in names:
-        import difflib
-
         close = difflib.get_close_matches(command.replace("_", "-"), names, n=1, cutoff=0.5)
         hint = f"Did you mean {close[0]}?" if close else f"Choose one of {', '.join(names)}."
         kind = "option" if command.startswith("-") else "command"

@@ -18,17 +18,12 @@ import argparse
 import dataclasses
 import difflib
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trl import TrlParser
 from trl.scripts.utils import DataClass
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean ...?"` for the known name closest to `name`, or nothing when none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -42,7 +37,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
             return super()._format_action_invocation(action)
         names = [name for name in action.option_strings if name.startswith("-") and not _is_hyphenated(name)]
         if action.nargs == 0 or action.nargs == "?":
-            return ", ".join(names)
+            return f"{names[0]}, --no_{action.dest}" if action.default is True else ", ".join(names)
         kind = getattr(action.type, "__name__", "str").upper()
         value = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else kind
         return f"{', '.join(names)} {value}{' ...' if action.nargs == '+' else ''}"
@@ -105,20 +100,14 @@ class FlowParser(TrlParser):
         """Field of each setting by name."""
         return {field.name: field for kind in self.dataclass_types for field in dataclasses.fields(kind) if field.init}
 
-    def parse_args_and_config(
-        self,
-        args: Iterable[str] | None = None,
-        return_remaining_strings: bool = False,
-        fail_with_unknown_args: bool = True,
-        separate_remaining_strings: bool = False,
-    ) -> tuple[DataClass, ...]:
+    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs) -> tuple[DataClass, ...]:
         """
         Parse the command line and the YAML file named by `--config`; the command line wins.
 
-        Returns the dataclasses, followed by the arguments for `accelerate launch` if `return_remaining_strings` (from
-        the file and from the command line apart if `separate_remaining_strings`).
+        Keyword arguments and the result are those of [`~trl.TrlParser.parse_args_and_config`]. What remains, if it is
+        asked for, are arguments that `accelerate launch` knows.
         """
-        args = [part for arg in args for part in _split_config(arg)]
+        args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
         if "--config" in args:
             position = args.index("--config") + 1
             if position == len(args) or args[position].startswith("--"):
@@ -127,31 +116,34 @@ class FlowParser(TrlParser):
                 self.error(f"--config {args[position]}: no such file")
             if "--config" in args[position:]:
                 self.error("--config is given twice")
-        *parsed, from_file, from_line = super().parse_args_and_config(
-            args, return_remaining_strings=True, separate_remaining_strings=True
-        )
-        if fail_with_unknown_args:
-            self._refuse_unknown(from_file, "in the configuration file")
-            self._refuse_unknown(from_line, "on the command line")
-        if not return_remaining_strings:
-            return tuple(parsed)
-        if separate_remaining_strings:
-            return (*parsed, from_file, from_line)
-        return (*parsed, from_file + from_line)
+        return super().parse_args_and_config(args, **kwargs)
 
     def set_defaults_with_config(self, **kwargs) -> list[str]:
         # argparse converts a default only if it is a string and never checks it against the choices, so that a file
         # could smuggle in `num_generations: 2.5` or make a list of letters from `reward_funcs: shapes`.
         actions = {action.dest: action for action in self._actions}
-        settings = {
-            name: self._checked(actions[name], value) if name in actions else value for name, value in kwargs.items()
-        }
-        remaining = super().set_defaults_with_config(**settings)
-        if not self.launches:
-            return remaining
-        from .launcher import flags_from_config
+        known = {name: self._checked(actions[name], value) for name, value in kwargs.items() if name in actions}
+        others = {name: value for name, value in kwargs.items() if name not in actions}
+        super().set_defaults_with_config(**known)
+        if not self.launches or not others:
+            self._refuse([f"--{name}" for name in others], "in the configuration file")
+            return []
+        from .launcher import flags_from_config, launch_options
 
-        return flags_from_config({name: value for name, value in kwargs.items() if name not in actions})
+        options = launch_options()
+        self._refuse([f"--{name}" for name in others if f"--{name}" not in options], "in the configuration file")
+        return flags_from_config(others)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        # Here, because after this the dataclasses are made, whose complaints would hide a misspelt name.
+        if self.launches and unknown:
+            from .launcher import unknown_to_accelerate
+
+            self._refuse(unknown_to_accelerate(unknown), "on the command line")
+        else:
+            self._refuse(unknown, "on the command line")
+        return namespace, unknown
 
     def _checked(self, action: argparse.Action, value: Any) -> Any:
         if value is None or isinstance(value, dict):
@@ -173,20 +165,19 @@ class FlowParser(TrlParser):
             )
         return converted
 
-    def _refuse_unknown(self, remaining: list[str], where: str) -> None:
-        if self.launches and remaining:
-            from .launcher import launch_options, unknown_to_accelerate
-
-            unknown, others = unknown_to_accelerate(remaining), launch_options()
-        else:
-            unknown, others = remaining, []
+    def _refuse(self, unknown: list[str], where: str) -> None:
         if not unknown:
             return
         name = unknown[0].split("=")[0]
         if not name.startswith("-"):
             self.error(f"unexpected value {name!r} {where}")
-        known = [f"--{setting}" for setting in self.settings] + ["--config", "--help", "--help_all", *others]
-        self.error(f"unknown argument {name} {where}.{nearest(name.replace('-', '_').replace('__', '--', 1), known)}")
+        known = [f"--{setting}" for setting in self.settings] + ["--config", "--help", "--help_all"]
+        if self.launches:
+            from .launcher import launch_options
+
+            known += launch_options()
+        close = difflib.get_close_matches(f"--{name.strip('-').replace('-', '_')}", known, n=1)
+        self.error(f"unknown argument {name} {where}." + (f" Did you mean {close[0]}?" if close else ""))
 
     def format_help(self, everything: bool = False) -> str:
         formatter = self._get_formatter()

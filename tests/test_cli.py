@@ -1,0 +1,361 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The command line: help, errors, precedence, and when a run goes through `accelerate launch`."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from trl_flow import cli
+from trl_flow.scripts import launcher
+from trl_flow.scripts.arguments import FlowScriptArguments
+from trl_flow.scripts.generate import GenerateArguments, make_grid, run_config
+from trl_flow.scripts.parser import FlowParser
+from trl_flow.scripts.training import check_output_dir, held_out_scores
+
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = [name for commands in cli.COMMANDS.values() for name in commands]
+
+
+@dataclass
+class Settings:
+    learning_rate: float = field(default=0.1, metadata={"help": "Rate."})
+    num_generations: int = field(default=4, metadata={"help": "Group size."})
+    reward_funcs: list[str] | None = field(default=None, metadata={"help": "Rewards."})
+    weights: list[float] | None = field(default=None, metadata={"help": "Weights."})
+    kind: str = field(default="flow", metadata={"help": "Kind.", "choices": ["flow", "cps"]})
+    shuffle: bool = field(default=True, metadata={"help": "Shuffle."})
+
+
+def parse(tmp_path, args, config=None, launches=False, **kwargs):
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        args = ["--config", str(tmp_path / "config.yaml"), *args]
+    parser = FlowParser((Settings,), prog="trl-flow test", launches=launches)
+    return parser.parse_args_and_config(args, **kwargs)
+
+
+def usage_error(capsys, call):
+    with pytest.raises(SystemExit) as caught:
+        call()
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+class TestParser:
+    def test_command_line_beats_file_beats_default(self, tmp_path):
+        (settings,) = parse(
+            tmp_path, ["--learning_rate", "0.3"], {"learning_rate": 0.2, "num_generations": 8, "shuffle": False}
+        )
+        assert (settings.learning_rate, settings.num_generations) == (0.3, 8)
+        assert settings.shuffle is False
+        assert settings.kind == "flow"
+
+    def test_config_with_equals_sign(self, tmp_path):
+        (tmp_path / "config.yaml").write_text("num_generations: 6\n")
+        (settings,) = parse(tmp_path, [f"--config={tmp_path / 'config.yaml'}"])
+        assert settings.num_generations == 6
+
+    @pytest.mark.parametrize(
+        "config, expected",
+        [
+            ({"reward_funcs": "shapes"}, {"reward_funcs": ["shapes"]}),
+            ({"reward_funcs": ["a", "b"]}, {"reward_funcs": ["a", "b"]}),
+            ({"weights": [1, 0.5]}, {"weights": [1.0, 0.5]}),
+            ({"learning_rate": 1}, {"learning_rate": 1.0}),
+            ({"learning_rate": "1e-3"}, {"learning_rate": 1e-3}),
+            ({"reward_funcs": None}, {"reward_funcs": None}),
+        ],
+    )
+    def test_file_values_become_what_the_command_line_makes_of_them(self, tmp_path, config, expected):
+        (settings,) = parse(tmp_path, [], config)
+        for name, value in expected.items():
+            assert getattr(settings, name) == value
+            assert type(getattr(settings, name)) is type(value)
+
+    @pytest.mark.parametrize(
+        "config, message",
+        [
+            ({"num_generations": 2.5}, "num_generations: 2.5 is not a valid int"),
+            ({"num_generations": True}, "num_generations: True is not a valid int"),
+            ({"weights": [1, "many"]}, "weights: 'many' is not a valid float"),
+            ({"shuffle": "perhaps"}, "shuffle: 'perhaps' is not a valid bool"),
+            ({"kind": "flwo"}, "kind: 'flwo' is not one of flow, cps"),
+            ({"num_generatoins": 2}, "--num_generatoins in the configuration file. Did you mean --num_generations?"),
+        ],
+    )
+    def test_bad_file_value(self, tmp_path, capsys, config, message):
+        assert message in usage_error(capsys, lambda: parse(tmp_path, [], config))
+
+    @pytest.mark.parametrize(
+        "args, message",
+        [
+            (
+                ["--lerning_rate", "1"],
+                "unknown argument --lerning_rate on the command line. Did you mean --learning_rate?",
+            ),
+            (
+                ["--lerning-rate=1"],
+                "unknown argument --lerning-rate on the command line. Did you mean --learning_rate?",
+            ),
+            (["--learning", "1"], "unknown argument --learning"),
+            (["surplus"], "unexpected value 'surplus'"),
+            (["--num_generations", "two"], "invalid int value: 'two'"),
+            (["--kind", "flwo"], "invalid choice: 'flwo'"),
+            (["--config"], "--config needs the path"),
+            (["--config", "/nowhere.yaml"], "no such file"),
+            (["--config", __file__, "--config", __file__], "given twice"),
+        ],
+    )
+    @pytest.mark.parametrize("launches", [False, True])
+    def test_bad_command_line(self, tmp_path, capsys, args, message, launches):
+        assert message in usage_error(capsys, lambda: parse(tmp_path, args, launches=launches))
+
+    def test_unknown_name_is_reported_before_a_bad_value(self, tmp_path, capsys):
+        @dataclass
+        class Picky:
+            size: int = 0
+
+            def __post_init__(self):
+                raise ValueError("bad size")
+
+        parser = FlowParser((Picky,), prog="trl-flow test")
+        assert "Did you mean --size?" in usage_error(capsys, lambda: parser.parse_args_and_config(["--siez", "1"]))
+
+    def test_accelerate_arguments_pass_through(self, tmp_path):
+        settings, from_file, from_line = parse(
+            tmp_path,
+            ["--num_processes", "2", "--num_generations", "3", "--accelerate_config", "fsdp2"],
+            {"multi_gpu": True, "num_machines": 1, "use_fsdp": False},
+            launches=True,
+            return_remaining_strings=True,
+            separate_remaining_strings=True,
+        )
+        assert settings.num_generations == 3
+        assert from_file == ["--multi_gpu", "--num_machines", "1"]
+        assert from_line == ["--num_processes", "2", "--accelerate_config", "fsdp2"]
+
+    def test_accelerate_arguments_are_unknown_to_commands_that_do_not_launch(self, tmp_path, capsys):
+        error = usage_error(capsys, lambda: parse(tmp_path, ["--num_processes", "2"]))
+        assert "unknown argument --num_processes" in error
+
+    def test_nearest_name_may_be_one_of_accelerate(self, tmp_path, capsys):
+        error = usage_error(capsys, lambda: parse(tmp_path, ["--num_proceses", "2"], launches=True))
+        assert "Did you mean --num_processes?" in error
+        error = usage_error(capsys, lambda: parse(tmp_path, [], {"num_proceses": 2}, launches=True))
+        assert "Did you mean --num_processes?" in error
+
+    def test_help_is_grouped(self):
+        parser = FlowParser((Settings,), {"Rates": ["learning_rate"], "Sets": ["shuffle"]}, prog="trl-flow test")
+        text = parser.format_help()
+        assert text.index("Rates:") < text.index("--learning_rate FLOAT") < text.index("Sets:")
+        assert "--shuffle, --no_shuffle" in text
+        assert "Group size." not in text and "num_generations" in text[text.index("--help_all") :]
+        assert "Group size." in parser.format_help(everything=True)
+
+
+class TestLauncher:
+    def test_one_process_stays_here(self, monkeypatch):
+        self.no_launcher(monkeypatch)
+        assert launcher.needs_launch([]) is False
+
+    def test_launches_when_asked_to_and_not_twice(self, monkeypatch):
+        self.no_launcher(monkeypatch)
+        assert launcher.needs_launch(["--num_processes", "2"]) is True
+        monkeypatch.setenv(launcher.LAUNCHED, "1")
+        assert launcher.needs_launch(["--num_processes", "2"]) is False
+
+    def test_launches_on_several_gpus_or_with_a_default_config(self, monkeypatch, tmp_path):
+        self.no_launcher(monkeypatch)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+        assert launcher.needs_launch([]) is True
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+        assert launcher.needs_launch([]) is False
+        (tmp_path / "default_config.yaml").touch()
+        monkeypatch.setattr("accelerate.commands.config.default_config_file", str(tmp_path / "default_config.yaml"))
+        assert launcher.needs_launch([]) is True
+
+    def test_under_torchrun(self, monkeypatch):
+        self.no_launcher(monkeypatch)
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        assert launcher.needs_launch(["--num_processes", "2"]) is False
+
+    def test_launch_hands_over_the_command(self, monkeypatch):
+        self.no_launcher(monkeypatch)
+        seen = []
+
+        def record(args):
+            seen.append((args, os.environ.get(launcher.LAUNCHED)))
+
+        monkeypatch.setattr("accelerate.commands.launch.launch_command", record)
+        code = launcher.launch(
+            "g2rpo", ["--max_steps", "2"], ["--accelerate_config=single_gpu", "--num_processes", "1"]
+        )
+        ((args, launched),) = seen
+        assert code == 0 and launched == "1" and launcher.LAUNCHED not in os.environ
+        assert args.module and args.training_script == "trl_flow.cli"
+        assert args.training_script_args == ["g2rpo", "--max_steps", "2"]
+        assert args.num_processes == 1
+        assert Path(args.config_file).name == "single_gpu.yaml"
+
+    def test_failure_in_the_processes_is_an_exit_code(self, monkeypatch):
+        def fail(args):
+            raise subprocess.CalledProcessError(1, "python")
+
+        monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
+        assert launcher.launch("g2rpo", [], ["--num_processes", "1"]) == 1
+
+    @staticmethod
+    def no_launcher(monkeypatch):
+        monkeypatch.setattr("accelerate.commands.config.default_config_file", "/nowhere/default_config.yaml")
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+        for name in (launcher.LAUNCHED, "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+
+
+class TestMain:
+    def test_help_is_fast_and_names_every_command(self):
+        start = time.perf_counter()
+        result = subprocess.run([sys.executable, "-m", "trl_flow.cli", "--help"], capture_output=True, text=True)
+        assert time.perf_counter() - start < 1
+        assert result.returncode == 0
+        assert all(f"  {name} " in result.stdout for name in COMMANDS)
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_help_of_a_command(self, command, capsys):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([command, "--help"])
+        assert caught.value.code == 0
+        output = capsys.readouterr().out
+        assert output.startswith(f"usage: trl-flow {command}")
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_unknown_argument(self, command, capsys):
+        error = usage_error(capsys, lambda: cli.main([command, "--no_such_setting", "1"]))
+        assert "--no_such_setting" in error
+
+    def test_unknown_command(self, capsys):
+        assert cli.main(["dense_grop"]) == 2
+        assert "Did you mean dense-grpo?" in capsys.readouterr().err
+
+    def test_version(self, capsys):
+        from trl_flow import __version__
+
+        assert cli.main(["--version"]) == 0
+        assert capsys.readouterr().out.strip() == __version__
+
+    def test_user_error_is_one_line(self, capsys):
+        assert cli.main(["generate", "--model", "shapes"]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert error.startswith("trl-flow generate: error: give prompts in exactly one way")
+
+    def test_user_error_with_traceback(self, monkeypatch):
+        with pytest.raises(ValueError, match="exactly one way"):
+            cli.main(["--debug", "generate", "--model", "shapes"])
+        monkeypatch.setenv("TRL_FLOW_DEBUG", "1")
+        with pytest.raises(ValueError, match="exactly one way"):
+            cli.main(["generate", "--model", "shapes"])
+
+    def test_bug_keeps_its_traceback(self, monkeypatch):
+        def bug(command, args):
+            raise KeyError("latents")
+
+        monkeypatch.setattr(cli, "run", bug)
+        with pytest.raises(KeyError):
+            cli.main(["env"])
+
+    def test_env(self, capsys):
+        assert cli.main(["env"]) == 0
+        output = capsys.readouterr().out
+        assert all(f"- {name}: " in output for name in ("trl-flow", "trl", "diffusers", "torch", "Accelerators"))
+
+    def test_without_removes_an_ordered_subsequence(self):
+        args = ["--max_steps", "2", "--num_processes", "2", "--seed", "2"]
+        assert cli.without(args, ["--num_processes", "2"]) == ["--max_steps", "2", "--seed", "2"]
+
+
+class TestTrainingCommand:
+    @pytest.mark.parametrize(
+        "values",
+        [{"lora_r": 0}, {"lora_dropout": 1.0}, {"num_eval_prompts": 0}],
+        ids=lambda values: next(iter(values)),
+    )
+    def test_bad_script_argument(self, values):
+        with pytest.raises(ValueError, match=next(iter(values))):
+            FlowScriptArguments(**values)
+
+    @pytest.mark.parametrize("trace", ["config.yaml", "checkpoint-3", "adapter_config.json", "trainer_state.json"])
+    def test_directory_of_another_run(self, tmp_path, trace):
+        check_output_dir(str(tmp_path / "new"))
+        check_output_dir(str(tmp_path))
+        (tmp_path / trace).touch()
+        with pytest.raises(ValueError, match=f"already holds a run \\({trace}\\)"):
+            check_output_dir(str(tmp_path))
+
+    def test_held_out_scores_are_the_first_and_the_last(self):
+        log = [
+            {"step": 0, "eval_rewards/shapes/mean": 0.25, "eval_rewards/strict/mean": 0.125},
+            {"step": 1, "rewards/shapes/mean": 0.9},
+            {"step": 2, "eval_rewards/shapes/mean": 0.5, "eval_rewards/shapes/std": 0.1},
+            {"step": 4, "eval_rewards/shapes/mean": 0.75, "eval_rewards/strict/mean": 0.25},
+        ]
+        assert held_out_scores(log) == {"shapes": (0.25, 0.75), "strict": (0.125, 0.25)}
+
+
+class TestGenerate:
+    @pytest.mark.parametrize(
+        "values, message",
+        [
+            ({"prompts": ["a"]}, "--model"),
+            ({"model": "m", "prompts": ["a"], "compare": True}, "--compare needs an --adapter"),
+            ({"model": "m", "prompts": ["a"], "prompt_file": "f"}, "exactly one way"),
+            ({"model": "m", "prompts": ["a"], "num_images_per_prompt": 0}, "num_images_per_prompt=0"),
+            ({"model": "m", "prompts": ["a"], "output": "grid.txt"}, "grid.txt"),
+        ],
+    )
+    def test_bad_arguments(self, values, message):
+        with pytest.raises(ValueError, match=message):
+            GenerateArguments(**values)
+
+    def test_settings_of_the_adapters_run(self, tmp_path):
+        assert run_config(None) == {}
+        assert run_config(str(tmp_path)) == {}
+        (tmp_path / "config.yaml").write_text("model_name_or_path: shapes\nguidance_scale: 1.0\n")
+        assert run_config(str(tmp_path)) == {"model_name_or_path": "shapes", "guidance_scale": 1.0}
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_grid_shows_every_picture(self, count):
+        def picture(red, blue):
+            return Image.new("RGB", (64, 64), (red, 0, blue))
+
+        prompts = [f"prompt {i}" for i in range(8)]
+        base = [[picture(20 + 10 * i + j, 100) for j in range(count)] for i in range(8)]
+        adapted = [[picture(20 + 10 * i + j, 200) for j in range(count)] for i in range(8)]
+        for grid, rows in (
+            (make_grid(prompts, adapted), [adapted]),
+            (make_grid(prompts, adapted, base), [adapted, base]),
+        ):
+            colors = {color for _, color in grid.getcolors(grid.width * grid.height)}
+            expected = {image.getpixel((0, 0)) for row in rows for images in row for image in images}
+            assert expected <= colors
