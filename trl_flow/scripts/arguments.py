@@ -31,6 +31,8 @@ class FlowScriptArguments:
         dtype (`str`, *optional*, defaults to `"float32"`):
             Precision in which the frozen weights are loaded. Latents are float32 and the adapter is trained in
             float32 whatever this is.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that the pipeline's repository brings along.
         use_peft (`bool`, *optional*, defaults to `True`):
             Whether to train a LoRA adapter. Without it, all weights of the denoiser are trained.
         lora_r (`int`, *optional*, defaults to `32`):
@@ -65,6 +67,7 @@ class FlowScriptArguments:
             "model_name_or_path",
             "model_revision",
             "dtype",
+            "trust_remote_code",
             "use_peft",
             "lora_r",
             "lora_alpha",
@@ -97,6 +100,10 @@ class FlowScriptArguments:
             "in float32 whatever this is.",
             "choices": ["float32", "bfloat16", "float16"],
         },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Whether to run code that the pipeline's repository brings along."},
     )
     use_peft: bool = field(
         default=True,

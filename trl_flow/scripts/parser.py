@@ -26,6 +26,9 @@ from trl import TrlParser
 from trl.scripts.utils import DataClass
 
 
+MOST_CHOICES = 8  # more than these would push the help text off the screen
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """One line per setting name: `--max_steps INT`, without the spelling with hyphens and the `--no_` twin."""
 
@@ -38,15 +41,22 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         names = [name for name in action.option_strings if name.startswith("-") and not _is_hyphenated(name)]
         if action.nargs == 0 or action.nargs == "?":
             return f"{names[0]}, --no_{action.dest}" if action.default is True else ", ".join(names)
-        kind = getattr(action.type, "__name__", "str").upper()
-        value = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else kind
+        value = _type_name(action).upper()
+        if action.choices and len(action.choices) <= MOST_CHOICES:
+            value = "{" + ",".join(map(str, action.choices)) + "}"
         return f"{', '.join(names)} {value}{' ...' if action.nargs == '+' else ''}"
 
     def _get_help_string(self, action):
         # An empty default tells the reader nothing.
-        if action.default is None or action.default == []:
+        if action.default is None or action.default in ("", []):
             return action.help
         return super()._get_help_string(action)
+
+
+def _type_name(action: argparse.Action) -> str:
+    name = getattr(action.type, "__name__", "str")
+    # Parsers of booleans and of choices are functions, whose names say nothing.
+    return {"string_to_bool": "bool", "<lambda>": "name"}.get(name, name)
 
 
 def _is_hyphenated(name: str) -> bool:
@@ -121,7 +131,7 @@ class FlowParser(TrlParser):
     def set_defaults_with_config(self, **kwargs) -> list[str]:
         # argparse converts a default only if it is a string and never checks it against the choices, so that a file
         # could smuggle in `num_generations: 2.5` or make a list of letters from `reward_funcs: shapes`.
-        actions = {action.dest: action for action in self._actions}
+        actions = self._first_actions()
         known = {name: self._checked(actions[name], value) for name, value in kwargs.items() if name in actions}
         others = {name: value for name, value in kwargs.items() if name not in actions}
         super().set_defaults_with_config(**known)
@@ -157,13 +167,19 @@ class FlowParser(TrlParser):
         try:
             converted = action.type(str(value)) if action.type is not None else value
         except (TypeError, ValueError, argparse.ArgumentTypeError):
-            kind = getattr(action.type, "__name__", "str").replace("string_to_bool", "bool")
-            self.error(f"configuration file: {action.dest}: {value!r} is not a valid {kind}")
+            self.error(f"configuration file: {action.dest}: {value!r} is not a valid {_type_name(action)}")
         if action.choices is not None and converted not in action.choices:
             self.error(
                 f"configuration file: {action.dest}: {value!r} is not one of {', '.join(map(str, action.choices))}"
             )
         return converted
+
+    def _first_actions(self) -> dict[str, argparse.Action]:
+        # Of `--name` and `--no_name` the first.
+        actions = {}
+        for action in self._actions:
+            actions.setdefault(action.dest, action)
+        return actions
 
     def _refuse(self, unknown: list[str], where: str) -> None:
         if not unknown:
@@ -183,9 +199,7 @@ class FlowParser(TrlParser):
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)
-        actions = {}
-        for action in self._actions:
-            actions.setdefault(action.dest, action)  # the first of `--name` and `--no_name`
+        actions = self._first_actions()
         groups = {title: [name for name in names if name in actions] for title, names in self.help_groups.items()}
         grouped = {name for names in groups.values() for name in names}
         others = [name for name in self.settings if name not in grouped]

@@ -231,6 +231,7 @@ def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training
                 config=script_args.dataset_config,
                 num_prompts=script_args.num_eval_prompts,
             )
+    training_args.model_init_kwargs = model_init_kwargs(script_args, training_args)
     peft_config = None
     if script_args.use_peft:
         peft_config = LoraConfig(
@@ -249,6 +250,18 @@ def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training
         eval_reward_funcs=script_args.eval_reward_funcs,
         peft_config=peft_config,
     )
+
+
+def model_init_kwargs(script_args: FlowScriptArguments, training_args: Any) -> dict[str, Any]:
+    """Keyword arguments for loading the pipeline; those in the config win, as in TRL's scripts."""
+    import torch
+
+    loading = {"torch_dtype": getattr(torch, script_args.dtype)}
+    if script_args.model_revision is not None:
+        loading["revision"] = script_args.model_revision
+    if script_args.trust_remote_code:
+        loading["trust_remote_code"] = True
+    return {**loading, **(training_args.model_init_kwargs or {})}
 
 
 def held_out_scores(log_history: list[dict]) -> dict[str, tuple[float, float]]:
