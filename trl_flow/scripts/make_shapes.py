@@ -77,13 +77,13 @@ def main(script_args: MakeShapesArguments):
 
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
-    from trl import TrlParser
+    from trl_flow.scripts.parser import FlowParser
 
+    description = "Make the shapes world, a miniature text-to-image pipeline, from a seed, and print what it reached."
+    settings = dict(dataclass_types=(MakeShapesArguments,), description=description)
     if subparsers is not None:
-        return subparsers.add_parser(
-            "make-shapes", help="Make the shapes world, a miniature pipeline", dataclass_types=MakeShapesArguments
-        )
-    return TrlParser(MakeShapesArguments, prog=prog)
+        return subparsers.add_parser("make-shapes", help=description, **settings)
+    return FlowParser(prog=prog, **settings)
 
 
 if __name__ == "__main__":
