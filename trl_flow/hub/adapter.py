@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+DIFFUSERS_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
@@ -154,7 +155,7 @@ def save_adapter(
             f"{component}_lora_adapter_metadata": metadata,
         },
     )
-    written.append(output_dir / "pytorch_lora_weights.safetensors")
+    written.append(output_dir / DIFFUSERS_WEIGHTS_NAME)
     return written
 
 
@@ -200,13 +201,13 @@ def load_adapter(
         config = PeftConfig.from_pretrained(adapter_name_or_path, revision=revision)
     except ValueError:
         config = None  # no adapter_config.json: an adapter that another program saved for diffusers alone
-    if config is None or supports_diffusers_format(type(pipeline), component, config):
+    if config is None:
         if not hasattr(pipeline, "load_lora_weights"):
             raise ValueError(
                 f"{adapter_name_or_path} holds no adapter_config.json and {type(pipeline).__name__} has no LoRA loader."
             )
         pipeline.load_lora_weights(adapter_name_or_path, revision=revision)
-    else:
+    elif not _load_diffusers_format(pipeline, adapter_name_or_path, component, config, revision):
         # PEFT puts its layers into the denoiser itself, so the pipeline sees them without being told.
         PeftModel.from_pretrained(denoiser, adapter_name_or_path, revision=revision, is_trainable=False)
     if _count_parameters(denoiser) == tensors_before:
@@ -215,6 +216,20 @@ def load_adapter(
             "Is it the adapter of another model, or a directory without `pytorch_lora_weights.safetensors`?"
         )
     return pipeline
+
+
+def _load_diffusers_format(
+    pipeline: DiffusionPipeline, adapter_name_or_path: str, component: str, config: PeftConfig, revision: str | None
+) -> bool:
+    if not supports_diffusers_format(type(pipeline), component, config):
+        return False
+    try:
+        # By its name: without one, diffusers refuses to look into its cache when it is offline, and takes the file in
+        # PEFT's format, of which it understands nothing, when that is the only one.
+        pipeline.load_lora_weights(adapter_name_or_path, revision=revision, weight_name=DIFFUSERS_WEIGHTS_NAME)
+    except OSError:
+        return False  # saved by PEFT alone
+    return True
 
 
 def _count_parameters(module: torch.nn.Module) -> int:

@@ -35,6 +35,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..report.history import public_settings
+from ..report.text import format_change, format_duration, format_number
 
 
 logger = logging.get_logger(__name__)
@@ -170,7 +171,7 @@ def create_model_card(
     if nfe is not None:
         training_lines.append(f"Function evaluations (latents through the {component}, sampling): {int(nfe):,}")
     if seconds is not None:
-        training_lines.append(f"Time: {format_seconds(seconds)}")
+        training_lines.append(f"Time: {format_duration(seconds)}")
     training_lines.append(f"Hardware: {hardware or describe_hardware()}")
 
     sample_count = {score["n"] for score in after.values() if isinstance(score, Mapping) and score.get("n")}
@@ -232,16 +233,6 @@ def describe_hardware() -> str:
     return f"CPU ({processor}, {cores} core{'s' if cores != 1 else ''})"
 
 
-def format_seconds(seconds: float) -> str:
-    """`"45 s"`, `"4 min 05 s"` or `"3 h 12 min"`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-
-
 def _mean_and_half_interval(score: float | Mapping | None) -> tuple[float, float | None]:
     if score is None:
         return math.nan, None
@@ -262,9 +253,9 @@ def _score_rows(before: Mapping, after: Mapping) -> list[dict[str, str]]:
             if not math.isfinite(mean):
                 continue
             means[key] = mean
-            row[key] = f"{mean:.4g}" + (f" ± {half_interval:.2g}" if half_interval is not None else "")
+            row[key] = format_number(mean) + (f" ± {half_interval:.2g}" if half_interval is not None else "")
         if len(means) == 2:
-            row["change"] = f"{means['after'] - means['before']:+.4g}"
+            row["change"] = format_change(means["after"] - means["before"])
         rows.append(row)
     return rows
 

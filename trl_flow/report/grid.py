@@ -29,7 +29,7 @@ MIN_PIXELS = 160
 MAX_PIXELS = 512
 FONT_SIZE = 13
 GAP = 10
-INK, PAPER, FADED = (28, 30, 33), (255, 255, 255), (150, 154, 160)
+INK, PAPER, FADED = (28, 30, 33), (255, 255, 255), (105, 110, 118)
 
 
 def image_grid(
@@ -55,7 +55,7 @@ def image_grid(
         scale (`float`, *optional*):
             Factor of enlargement. Defaults to one that brings the widest picture to between 160 and 512 pixels.
         row_labels (`Sequence[str]`, *optional*):
-            One text per row, above its pictures.
+            One text per row, above its pictures, wrapped to the grid's width.
 
     Returns:
         `PIL.Image.Image`: the grid, in RGB.
@@ -86,24 +86,26 @@ def image_grid(
     wrapped = (
         [_wrap(caption, font, cell_width) for caption in captions] if captions is not None else [[]] * len(images)
     )
-    label_height = line_height + GAP // 2 if row_labels is not None else 0
+    width = GAP + columns * (cell_width + GAP)
+    labels = [_wrap(label, font, width - 2 * GAP) for label in row_labels] if row_labels is not None else [[]] * rows
 
-    tops, heights, y = [], [], GAP
+    tops, heights, label_heights, y = [], [], [], GAP
     for row in range(rows):
         cells = range(row * columns, min((row + 1) * columns, len(images)))
         picture_height = max((resized[i].height for i in cells if resized[i] is not None), default=0)
         lines = max(len(wrapped[i]) for i in cells)
         tops.append(y)
         heights.append(picture_height)
-        y += label_height + picture_height + (4 + lines * line_height if lines else 0) + GAP
+        label_heights.append(len(labels[row]) * line_height + GAP // 2 if labels[row] else 0)
+        y += label_heights[row] + picture_height + (4 + lines * line_height if lines else 0) + GAP
 
-    grid = Image.new("RGB", (GAP + columns * (cell_width + GAP), y), PAPER)
+    grid = Image.new("RGB", (width, y), PAPER)
     draw = ImageDraw.Draw(grid)
     for row in range(rows):
-        if row_labels is not None:
-            draw.text((GAP, tops[row]), row_labels[row], fill=FADED, font=font)
+        for line, text in enumerate(labels[row]):
+            draw.text((GAP, tops[row] + line * line_height), text, fill=FADED, font=font)
         for column, i in enumerate(range(row * columns, min((row + 1) * columns, len(images)))):
-            x, top = GAP + column * (cell_width + GAP), tops[row] + label_height
+            x, top = GAP + column * (cell_width + GAP), tops[row] + label_heights[row]
             if resized[i] is not None:
                 grid.paste(resized[i], (x + (cell_width - resized[i].width) // 2, top))
             for line, text in enumerate(wrapped[i]):

@@ -30,6 +30,7 @@ from PIL import Image
 from .grid import image_grid
 from .history import RunHistory, Samples, finite, load_history, public_settings
 from .panels import collect_panels, render_svg, save_png
+from .text import format_change, format_count, format_duration, format_number
 
 
 PICTURES_IN_PAGE = 12
@@ -70,6 +71,7 @@ def write_report(run_dir: str | Path, log_history: Sequence[Mapping] | None = No
     history = load_history(run_dir, log_history)
     panels = collect_panels(history)
     shown = [panel for panel in panels if panel.section in ("learning", "credit")]
+    shown.sort(key=lambda panel: panel.title.startswith("Training reward by function"))
     shown += [panel for panel in panels if panel.title == "Distance from the base model (KL)"]
     if shown or panels:
         save_png((shown or panels)[:CURVES_IN_FILE], run_dir / "curves.png")
@@ -105,7 +107,7 @@ def _progress(history: RunHistory) -> str:
     total = history.max_steps or history.config.get("max_steps") or 0
     text = f"{step:,} of {total:,} updates" if isinstance(total, int) and total > step else f"{step:,} updates"
     elapsed = history.last("time/elapsed")
-    return f"{text} in {_duration(elapsed)}" if elapsed is not None else text
+    return f"{text} in {format_duration(elapsed)}" if elapsed is not None else text
 
 
 def _score_table(history: RunHistory) -> list[dict[str, str]]:
@@ -120,10 +122,12 @@ def _score_table(history: RunHistory) -> list[dict[str, str]]:
             step, mean = values[0][position], values[1][position]
             entry = next(entry for entry in history.eval if entry["step"] == step)
             std, count = entry.get(f"{key}/std"), entry.get("eval_num_samples")
-            half = f" ± {_number(1.96 * std / math.sqrt(count))}" if finite(std) and finite(count) and count else ""
-            row[label], row[f"{label}_interval"], row[f"{label}_step"] = _number(mean), half, f"{step:,.0f}"
+            half = (
+                f" ± {format_number(1.96 * std / math.sqrt(count))}" if finite(std) and finite(count) and count else ""
+            )
+            row[label], row[f"{label}_interval"], row[f"{label}_step"] = format_number(mean), half, f"{step:,.0f}"
         change = values[1][-1] - values[1][0]
-        row["change"] = f"{change:+.3f}" if abs(change) >= 0.0005 or change == 0 else f"{change:+.1e}"
+        row["change"] = format_change(change)
         row["direction"] = "up" if change > 0 else "down" if change < 0 else "same"
         row["moved"] = len(values[0]) > 1
         rows.append(row)
@@ -143,32 +147,32 @@ def _tiles(history: RunHistory) -> list[dict[str, str]]:
         # A single update's reward is mostly the luck of its prompts; a tenth of the run at either end is not.
         window = max(1, len(rewards) // 10)
         first, last = sum(rewards[:window]) / window, sum(rewards[-window:]) / window
-        tile = {"label": "training reward", "value": _number(first)}
+        tile = {"label": "training reward", "value": format_number(first)}
         if len(rewards) > 1:
             tile |= {
-                "value": f"{_number(first)} → {_number(last)}",
-                "change": f"{last - first:+.3f}",
+                "value": f"{format_number(first)} → {format_number(last)}",
+                "change": format_change(last - first),
                 "direction": "up" if last > first else "down" if last < first else "same",
             }
         tiles.append(tile)
     nfe = history.last("nfe")
     if nfe is not None:
-        tiles.append({"label": "function evaluations", "value": _count(nfe)})
+        tiles.append({"label": "function evaluations", "value": format_count(nfe)})
     return tiles
 
 
 def _numbers(history: RunHistory) -> list[tuple[str, str]]:
     rows = [("updates", f"{max(entry['step'] for entry in history.train + history.eval):,}")]
     for label, key, form in (
-        ("training time", "time/elapsed", _duration),
+        ("training time", "time/elapsed", format_duration),
         ("function evaluations", "nfe", lambda value: f"{value:,.0f}"),
-        ("training reward, last update", "reward", _number),
-        ("reward spread, last update", "reward_std", _number),
-        ("groups without signal, last update", "frac_reward_zero_std", _number),
-        ("KL, last update", "kl", _number),
-        ("clipped share, last update", "clip_ratio", _number),
-        ("gradient norm, last update", "grad_norm", _number),
-        ("loss, last update", "loss", _number),
+        ("training reward, last update", "reward", format_number),
+        ("reward spread, last update", "reward_std", format_number),
+        ("groups without signal, last update", "frac_reward_zero_std", format_number),
+        ("KL, last update", "kl", format_number),
+        ("clipped share, last update", "clip_ratio", format_number),
+        ("gradient norm, last update", "grad_norm", format_number),
+        ("loss, last update", "loss", format_number),
     ):
         value = history.last(key)
         if value is not None:
@@ -178,7 +182,7 @@ def _numbers(history: RunHistory) -> list[tuple[str, str]]:
         rows.append(("pictures per evaluation", f"{samples:,.0f}"))
     runtime = history.summary.get("train_runtime")
     if finite(runtime):
-        rows.append(("whole run with evaluations", _duration(runtime)))
+        rows.append(("whole run with evaluations", format_duration(runtime)))
     return rows
 
 
@@ -235,8 +239,8 @@ def _pair_scores(before: Samples, after: Samples | None, i: int, j: int | None) 
         rows.append(
             {
                 "name": name,
-                "before": _number(first) if finite(first) else "",
-                "after": _number(last) if finite(last) else "",
+                "before": format_number(first) if finite(first) else "",
+                "after": format_number(last) if finite(last) else "",
                 "direction": direction,
             }
         )
@@ -302,25 +306,3 @@ def _inline(path: Path) -> tuple[str, bool]:
     image.thumbnail((INLINE_PIXELS, INLINE_PIXELS), Image.Resampling.LANCZOS)
     image.save(buffer, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), False
-
-
-def _number(value: float) -> str:
-    if value == 0 or 0.001 <= abs(value) < 1000:
-        return f"{value:.3f}"
-    return f"{value:.3g}"
-
-
-def _count(value: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
