@@ -14,6 +14,7 @@
 
 """The command line: help, errors, precedence, and when a run goes through `accelerate launch`."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -30,7 +31,14 @@ from trl_flow.scripts import launcher
 from trl_flow.scripts.arguments import FlowScriptArguments
 from trl_flow.scripts.generate import GenerateArguments, make_grid, run_config
 from trl_flow.scripts.parser import FlowParser
-from trl_flow.scripts.training import check_output_dir, held_out_scores
+from trl_flow.scripts.training import (
+    check_output_dir,
+    default_rewards,
+    held_out_scores,
+    own_fields,
+    resolved_config,
+    write_config,
+)
 
 
 ROOT = Path(__file__).parents[1]
@@ -321,6 +329,65 @@ class TestTrainingCommand:
             {"step": 4, "eval_rewards/shapes/mean": 0.75, "eval_rewards/strict/mean": 0.25},
         ]
         assert held_out_scores(log) == {"shapes": (0.25, 0.75), "strict": (0.125, 0.25)}
+
+    @pytest.mark.parametrize("command", cli.TRAINING_COMMANDS)
+    def test_written_config_repeats_the_run(self, tmp_path, command):
+        def parse(*args):
+            return parser_of(command).parse_args_and_config(args)
+
+        script_args, training_args = parse(
+            "--config", str(ROOT / "examples" / "shapes" / f"{command}.yaml"),
+            "--output_dir", str(tmp_path / "run"),
+            "--num_generations", "6", "--learning_rate", "5e-4", "--adam_beta2", "0.95", "--hub_token", "hf_secret",
+            "--lora_target_modules", "to_q", "to_k", "--no_use_peft", "--resume_from_checkpoint", "true",
+        )  # fmt: skip
+        config = resolved_config(script_args, training_args)
+        path = write_config(config, command)
+        assert path == tmp_path / "run" / "config.yaml"
+        assert "hf_secret" not in path.read_text() and "resume" not in path.read_text()
+        assert config["num_generations"] == 6 and config["learning_rate"] == 5e-4 and config["adam_beta2"] == 0.95
+        assert "adam_beta1" not in config  # the base class's default, and left so
+
+        again_script, again_training = parse("--config", str(path))
+        assert again_script == script_args
+        assert resolved_config(again_script, again_training) == config
+        for name in own_fields(type(training_args)):
+            assert getattr(again_training, name) == getattr(training_args, name), name
+
+    @pytest.mark.parametrize(
+        "path", sorted((ROOT / "examples").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+    )
+    def test_examples_are_valid(self, path, tmp_path):
+        script_args, training_args, *rest = parser_of(path.stem).parse_args_and_config(
+            ["--config", str(path), "--output_dir", str(tmp_path), "--bf16", "false"], return_remaining_strings=True
+        )
+        assert rest == [[]]
+        assert script_args.reward_funcs and script_args.dataset_name
+
+    def test_help_sets_the_method_apart(self):
+        text = parser_of("dense-grpo").format_help()
+        titles = [
+            "Model and adapter:",
+            "Rewards and prompts:",
+            "Method:",
+            "Training:",
+            "Evaluation, logging and saving:",
+        ]
+        positions = [text.index(f"\n{title}\n") for title in titles]
+        assert positions == sorted(positions)
+        assert positions[2] < text.index("--dense_reward") < text.index("--num_generations") < positions[3]
+        assert text.count("--learning_rate ") == 1
+
+    def test_no_reward_for_a_model_that_brings_none(self):
+        assert default_rewards(FlowScriptArguments()) == ["shapes"]
+        assert default_rewards(FlowScriptArguments(reward_funcs=["ocr"])) == ["ocr"]
+        with pytest.raises(ValueError, match="reward_funcs is empty"):
+            default_rewards(FlowScriptArguments(model_name_or_path="user/model"))
+
+
+def parser_of(command):
+    module = importlib.import_module(f"trl_flow.scripts.{command.replace('-', '_')}")
+    return module.make_parser(prog=f"trl-flow {command}")
 
 
 class TestGenerate:

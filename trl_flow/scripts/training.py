@@ -43,7 +43,7 @@ TRAINING_SETTINGS = {
         "weight_decay",
         "max_grad_norm",
         "optim",
-        "gradient_checkpointing",
+        "activation_checkpointing",
         "bf16",
         "use_cpu",
         "seed",
@@ -67,8 +67,15 @@ TRAINING_SETTINGS = {
     ],
 }
 
-# Settings that say how a run was started, not what it is.
-NOT_PART_OF_A_RUN = {"resume_from_checkpoint", "local_rank", "ddp_backend", "disable_tqdm"}
+# Settings that say how a run was started, not what it is, and deprecated twins of others.
+NOT_PART_OF_A_RUN = {
+    "resume_from_checkpoint",
+    "local_rank",
+    "ddp_backend",
+    "disable_tqdm",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+}
 
 
 def make_training_parser(
