@@ -18,6 +18,8 @@ Shapes: B prompts, L leaves of a plan, R reward functions, S trained steps, G gr
 transition. A reward of NaN means "no score": it is masked out, never replaced by a number.
 """
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -46,18 +48,14 @@ def combine_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
     return torch.where(applies.any(-1), total, torch.nan)
 
 
-def transition_values(rewards: torch.Tensor, leaves: torch.Tensor) -> torch.Tensor:
+def outcome(values: torch.Tensor) -> torch.Tensor:
     """
-    Rewards of the leaves that credit each transition.
+    The reward of the one leaf that credits a transition (Flow-GRPO), or of each granularity's (G2RPO eq. 11).
 
     Args:
-        rewards (`torch.Tensor` of shape `(B, L)`).
-        leaves (`torch.Tensor` of shape `(S, G, K)`): Positions of the leaves.
-
-    Returns:
-        `torch.Tensor` of shape `(B, S, G, K)`.
+        values (`torch.Tensor` of shape `(B, S, G, K)`): Rewards of the leaves.
     """
-    return rewards[:, leaves]
+    return values
 
 
 def gain(values: torch.Tensor) -> torch.Tensor:
@@ -65,9 +63,67 @@ def gain(values: torch.Tensor) -> torch.Tensor:
     Dense reward of a step, R_{t-1} - R_t (DenseGRPO eq. 9 and 10).
 
     Args:
-        values (`torch.Tensor` of shape `(..., 2)`): Rewards of the tails from before and after the step.
+        values (`torch.Tensor` of shape `(B, S, G, 2)`): Rewards of the tails from before and after the step.
     """
-    return values[..., 1] - values[..., 0]
+    return values[..., 1:] - values[..., :1]
+
+
+def value_after(values: torch.Tensor) -> torch.Tensor:
+    """
+    Latent reward after a step, R_{t-1}: "Dense Reward (Baseline)" of DenseGRPO section 5.3.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, S, G, 2)`): Rewards of the tails from before and after the step.
+    """
+    return values[..., 1:]
+
+
+def assign_credit(
+    rewards: torch.Tensor,
+    weights: torch.Tensor,
+    leaves: torch.Tensor,
+    credit: Callable[[torch.Tensor], torch.Tensor],
+    aggregation: str = "sum_then_normalize",
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **normalization,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Advantages of the transitions of a batch of prompt groups.
+
+    Each column that `credit` returns is normalised by itself and the advantages are summed: one column for an outcome
+    or a gain, one per granularity for G2RPO (eq. 11). With `"normalize_then_sum"` the same holds for each reward
+    function, times its weight (DanceGRPO; G2RPO section 3.3).
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, L, R)`): NaN where there is no score.
+        weights (`torch.Tensor` of shape `(R,)`).
+        leaves (`torch.Tensor` of shape `(S, G, K)`): Positions of the leaves that credit each transition.
+        credit (`Callable`): Rewards of the leaves `(B, S, G, K)` -> values `(B, S, G, C)`.
+        aggregation (`str`): `"sum_then_normalize"` or `"normalize_then_sum"`.
+        gather (`Callable`, *optional*): Joins the values `(B, S, G)` of all processes, for `scale="batch"`.
+        normalization: Passed to [`normalize`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Advantages `(B, S, G)`, float64, and the mask of the transitions that
+        have one. A transition that lacks one of its values is masked; so is one whose groups are all equal.
+    """
+    if aggregation == "sum_then_normalize":
+        scores, factors = [combine_rewards(rewards, weights)], [1.0]
+    else:
+        alone = torch.eye(len(weights), dtype=weights.dtype)
+        used = [r for r, weight in enumerate(weights.tolist()) if weight != 0]
+        scores, factors = [combine_rewards(rewards, alone[r]) for r in used], [weights[r].item() for r in used]
+    advantages, known, informative = 0.0, True, False
+    for score, factor in zip(scores, factors, strict=True):
+        for value in credit(score[:, leaves]).unbind(-1):
+            batch = gather(value) if gather is not None else None
+            advantage, mask = normalize(value, batch=batch, **normalization)
+            # A function that does not apply to a prompt takes nothing away from it.
+            known = known & (~value.isnan() | score.isnan().all(1)[:, None, None])
+            informative = informative | mask
+            advantages = advantages + factor * advantage
+    mask = known & informative
+    return torch.where(mask, advantages, 0.0), mask
 
 
 def normalize(

@@ -15,6 +15,7 @@
 """The pipeline is the policy: the velocity that is trained is the one that the user's own pipeline computes."""
 
 import copy
+import functools
 import inspect
 from collections import OrderedDict
 
@@ -210,6 +211,11 @@ class FlowPolicy(nn.Module):
                 for rows in latents.split(batch_size or len(latents))
             ]
         )
+
+    @functools.cached_property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the pictures in pixels."""
+        return tuple(self.decode(torch.zeros(1, *self.latent_shape, device=self.device)).shape[-2:])
 
     def sigmas(self, num_inference_steps: int) -> torch.Tensor:
         """The descending grid of T + 1 flow times that the pipeline itself uses for T steps, float32, on the CPU."""

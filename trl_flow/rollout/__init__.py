@@ -16,4 +16,5 @@
 
 from .dynamics import DYNAMICS, coefficients, diffusion_coefficient, euler_step, log_prob, transition
 from .executor import Rollout, execute
+from .noise import seeded_noise
 from .plan import Plan, branch_plan, chain_plan, dense_plan, stride_waypoints, tail_waypoints

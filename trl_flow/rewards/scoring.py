@@ -1,0 +1,190 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Calls reward functions on a batch of pictures. A failure is a missing score (NaN), never a made-up number."""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from accelerate.logging import get_logger
+from PIL import Image
+
+
+logger = get_logger(__name__)
+
+
+class NothingToLearnError(RuntimeError):
+    """No sample of a batch has a score."""
+
+
+def score(
+    reward_funcs: list[Callable],
+    reward_names: list[str],
+    prompts: list[str],
+    images: list[Image.Image],
+    columns: dict[str, list] | None = None,
+    **extras,
+) -> tuple[torch.Tensor, dict[str, int]]:
+    """
+    Scores of every picture by every reward function.
+
+    A function that raises is called again on halves of the batch until the samples that make it raise are alone; those
+    have no score. Asynchronous functions run together.
+
+    Args:
+        reward_funcs (`list[Callable]`), reward_names (`list[str]`): R functions and their names.
+        prompts (`list[str]`), images (`list[PIL.Image.Image]`): One prompt for each of n pictures.
+        columns (`dict[str, list]`, *optional*): Other columns of the dataset, n values each.
+        extras: Further keyword arguments, passed on as they are (`trainer_state`, `log_extra`, `log_metric`).
+
+    Returns:
+        `tuple[torch.Tensor, dict[str, int]]`: Scores of shape `(n, R)`, float64 with NaN where there is none, and how
+        many samples each function raised for.
+
+    Raises:
+        ValueError: If a function returns another number of scores, or something that is not a number.
+        NothingToLearnError: If no function has a score for any picture.
+    """
+    columns = columns or {}
+    failed = dict.fromkeys(reward_names, 0)
+    errors = {}
+
+    def arguments(start: int, stop: int) -> dict:
+        part = images[start:stop]
+        return {
+            **{name: values[start:stop] for name, values in columns.items()},
+            "prompts": prompts[start:stop],
+            "images": part,
+            "completions": part,
+            **extras,
+        }
+
+    def note_failure(name: str, error: Exception):
+        failed[name] += 1
+        errors.setdefault(name, error)
+
+    def call(function: Callable, name: str, start: int, stop: int) -> list[float]:
+        try:
+            result = function(**arguments(start, stop))
+        except Exception as error:  # a reward is the user's code: anything may come out of it
+            if stop - start == 1:
+                note_failure(name, error)
+                return [math.nan]
+            middle = (start + stop) // 2
+            return call(function, name, start, middle) + call(function, name, middle, stop)
+        return _as_scores(result, name, stop - start)
+
+    async def call_async(function: Callable, name: str, start: int, stop: int) -> list[float]:
+        try:
+            result = await function(**arguments(start, stop))
+        except Exception as error:
+            if stop - start == 1:
+                note_failure(name, error)
+                return [math.nan]
+            middle = (start + stop) // 2
+            halves = (call_async(function, name, start, middle), call_async(function, name, middle, stop))
+            return sum(await asyncio.gather(*halves), [])
+        return _as_scores(result, name, stop - start)
+
+    n = len(images)
+    scores = torch.full((n, len(reward_funcs)), math.nan, dtype=torch.float64)
+    asynchronous = [i for i, function in enumerate(reward_funcs) if is_async(function)]
+    for i, (function, name) in enumerate(zip(reward_funcs, reward_names, strict=True)):
+        if i not in asynchronous:
+            scores[:, i] = torch.tensor(call(function, name, 0, n), dtype=torch.float64)
+    if asynchronous:
+
+        async def call_all():
+            return await asyncio.gather(*(call_async(reward_funcs[i], reward_names[i], 0, n) for i in asynchronous))
+
+        # A thread of its own: `asyncio.run` refuses to run inside a running loop, as in a notebook.
+        with ThreadPoolExecutor(1) as executor:
+            for i, result in zip(asynchronous, executor.submit(asyncio.run, call_all()).result(), strict=True):
+                scores[:, i] = torch.tensor(result, dtype=torch.float64)
+
+    for name, error in errors.items():
+        logger.warning(
+            f"Reward {name!r} raised for {failed[name]} of {n} samples, which are left out. The first error was "
+            f"{type(error).__name__}: {error}"
+        )
+    if scores.isnan().all():
+        first = next(iter(errors.values()), None)
+        raise NothingToLearnError(
+            f"None of the reward functions ({', '.join(reward_names)}) has a score for any of {n} samples: there is "
+            "nothing to learn from."
+        ) from first
+    return scores, failed
+
+
+def check_rewards(
+    reward_funcs: list[Callable], reward_names: list[str], rows: list[dict], image_size: tuple[int, int], **extras
+):
+    """
+    Calls every reward function on grey pictures, so that one that cannot work stops the run before any work is spent.
+
+    Args:
+        rows (`list[dict]`): A few rows of the dataset.
+        image_size (`tuple[int, int]`): Width and height in pixels.
+
+    Raises:
+        ValueError: If a function raises for every sample, or returns the wrong number of scores, no numbers, or no
+            score at all.
+    """
+    images = [Image.new("RGB", image_size, (128, 128, 128)) for _ in rows]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    try:
+        scores, _ = score(reward_funcs, reward_names, [row["prompt"] for row in rows], images, columns, **extras)
+    except NothingToLearnError as error:
+        cause = f" {type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else ""
+        raise ValueError(
+            f"On {len(rows)} grey test pictures no reward function ({', '.join(reward_names)}) returned a score.{cause}"
+        ) from error
+    for name, column in zip(reward_names, scores.unbind(1), strict=True):
+        if column.isnan().all():
+            logger.warning(f"Reward {name!r} has no score for any of {len(rows)} grey test pictures.")
+
+
+def is_async(function: Callable) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+
+
+def _as_scores(result, name: str, expected: int) -> list[float]:
+    if isinstance(result, torch.Tensor):
+        result = result.detach().flatten().tolist()
+    try:
+        result = list(result)
+    except TypeError:
+        raise ValueError(
+            f"Reward {name!r} returned a {type(result).__name__}: expected a list of {expected} numbers or None."
+        ) from None
+    if len(result) != expected:
+        raise ValueError(
+            f"Reward {name!r} returned {len(result)} scores for {expected} pictures: expected one for each."
+        )
+    scores = []
+    for value in result:
+        try:
+            # float("0.5") works, but a reward that returns text is a mistake.
+            value = math.nan if value is None else float(None if isinstance(value, (str, bytes)) else value)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"Reward {name!r} returned {value!r} ({type(value).__name__}): expected numbers or None."
+            ) from None
+        # An infinite reward would make the whole group's advantages NaN.
+        scores.append(value if math.isfinite(value) else math.nan)
+    return scores

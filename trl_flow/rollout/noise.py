@@ -1,0 +1,30 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Reproducible noise that depends on what is sampled, not on where."""
+
+import hashlib
+
+import torch
+
+
+def seeded_noise(*key, num_draws: int, latent_shape: tuple[int, ...]) -> torch.Tensor:
+    """
+    Standard normal noise of shape `(num_draws, *latent_shape)`, float32 on the CPU.
+
+    It is a function of `key` alone (seed, rollout, prompt ...): the same whatever the batch, the device or the process.
+    """
+    digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(num_draws, *latent_shape, generator=generator)

@@ -1,0 +1,128 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Held-out evaluation: deterministic sampling with fixed noise, scores, and the pictures that a person looks at."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+from ..rollout import Plan, execute, seeded_noise
+
+
+SAMPLES_FOLDER = "samples"
+
+
+def deterministic_plan(num_steps: int) -> Plan:
+    """One chain of Euler steps: the stock pipeline's sampler."""
+    plan = Plan(num_steps)
+    plan.tail(plan.start(), range(1, num_steps + 1))
+    return plan
+
+
+class EvaluationMixin:
+    """The part of the trainer that evaluates."""
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """
+        Samples one picture per held-out prompt with the ODE sampler and scores it.
+
+        Each prompt keeps its noise from one evaluation to the next, so that scores are paired. The pictures of the
+        first `num_logged_images` prompts, and all the scores, go to `output_dir/samples`.
+
+        Args:
+            eval_dataset ([`~datasets.Dataset`], *optional*): Defaults to the trainer's.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): Prefix of the metrics.
+
+        Returns:
+            `dict[str, float]`: `eval_reward` (the weighted sum that is trained), mean and standard deviation of each
+            reward as `eval_rewards/<name>/mean` and `/std`, and `eval_num_samples`.
+        """
+        args = self.args
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("evaluate() needs an eval_dataset: give one to it or to the trainer.")
+        plan, sigmas = deterministic_plan(args.num_eval_inference_steps), self.policy.sigmas(args.num_eval_inference_steps)
+        funcs, names = self.reward_funcs + self.eval_reward_funcs, self.reward_names + self.eval_reward_names
+        mine = range(args.process_index, len(dataset), args.world_size)
+        scores, images = [], {}
+        self.model.eval()
+        with self.averaged_weights():
+            for start in range(0, len(mine), args.rollout_batch_size):
+                numbers = mine[start : start + args.rollout_batch_size]
+                rows = [dataset[number] for number in numbers]
+                noise = [
+                    seeded_noise(args.seed, "eval", number, num_draws=1, latent_shape=self.policy.latent_shape)
+                    for number in numbers
+                ]
+                rollout = execute(
+                    plan,
+                    self._velocity([row["prompt"] for row in rows]),
+                    sigmas,
+                    torch.stack(noise).to(self.accelerator.device),
+                    [0.0] * plan.num_steps,
+                    batch_size=args.rollout_batch_size,
+                )
+                pictures = self._decode(rollout.leaves[:, 0])
+                scores.append(self._calculate_rewards(funcs, names, rows, pictures))
+                images |= {n: p for n, p in zip(numbers, pictures, strict=True) if n < args.num_logged_images}
+                self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        self.model.train()
+
+        local = torch.full((math.ceil(len(dataset) / args.world_size), len(names)), math.nan, dtype=torch.float64)
+        if scores:
+            local[: len(mine)] = torch.cat(scores)
+        # Ranks took the rows in turn: interleave them again.
+        ranks = self._gather(local).unflatten(0, (args.world_size, -1))
+        scores = ranks.transpose(0, 1).flatten(0, 1)[: len(dataset)]
+        self._save_samples(dataset, names, scores, images)
+
+        self._metrics["eval"].clear()
+        trained = (scores[:, : len(self.reward_funcs)].nan_to_num() * self.reward_weights).sum(1)
+        metrics = {
+            f"{metric_key_prefix}_reward": trained.mean().item(),
+            f"{metric_key_prefix}_num_samples": len(dataset),
+        }
+        for name, column in zip(names, scores.unbind(1), strict=True):
+            known = column[~column.isnan()]
+            metrics[f"{metric_key_prefix}_rewards/{name}/mean"] = known.mean().item() if len(known) else None
+            metrics[f"{metric_key_prefix}_rewards/{name}/std"] = known.std().item() if len(known) > 1 else None
+            if len(known) < len(column):
+                metrics[f"{metric_key_prefix}_rewards/{name}/missing"] = len(column) - len(known)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_samples(self, dataset, names: list[str], scores: torch.Tensor, images: dict):
+        folder = Path(self.args.output_dir) / SAMPLES_FOLDER / f"step_{self.state.global_step:06d}"
+        if self.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        for number, image in images.items():
+            image.save(folder / f"{number:03d}.png")
+        if self.is_world_process_zero():
+            record = {
+                "prompts": dataset["prompt"][:],
+                "scores": {
+                    name: [None if math.isnan(value) else value for value in column.tolist()]
+                    for name, column in zip(names, scores.unbind(1), strict=True)
+                },
+                **({"extra": dict(self._extra_columns)} if self._extra_columns else {}),
+            }
+            folder.with_suffix(".json").write_text(json.dumps(record))
+        self._extra_columns.clear()

@@ -1,0 +1,391 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Configuration of Flow-GRPO, shared by every trainer."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+
+import torch
+from trl.trainer.base_config import _BaseConfig
+
+from ..objective import KL_TYPES
+from ..rollout import DYNAMICS
+
+
+def _check_choice(name: str, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: expected one of {', '.join(map(repr, choices))}.")
+
+
+@dataclass
+class FlowGRPOConfig(_BaseConfig):
+    r"""
+    Configuration class for the [`FlowGRPOTrainer`], and the part that every trainer of this library shares.
+
+    Defaults are those of Flow-GRPO for Stable Diffusion 3.5 Medium. Fields of [`~transformers.TrainingArguments`] and
+    names of [`~trl.GRPOConfig`] keep their meaning. `per_device_train_batch_size` counts *prompt groups* per device
+    and micro-step: one group is one prompt with `num_generations` samples.
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict` or `None`, *optional*):
+            Keyword arguments of `DiffusionPipeline.from_pretrained`, used when the model is given by name.
+
+        > Parameters that control sampling
+
+        num_inference_steps (`int`, *optional*, defaults to `10`):
+            Number of denoising steps T of a training rollout.
+        num_eval_inference_steps (`int`, *optional*, defaults to `40`):
+            Number of deterministic denoising steps at evaluation.
+        guidance_scale (`float`, *optional*, defaults to `4.5`):
+            Guidance, in rollouts, training and evaluation, as the pipeline means it.
+        height (`int`, *optional*):
+            Height of the pictures in pixels. Defaults to the pipeline's.
+        width (`int`, *optional*):
+            Width of the pictures in pixels. Defaults to the pipeline's.
+        max_sequence_length (`int`, *optional*):
+            Number of text tokens. Defaults to the pipeline's.
+        negative_prompt (`str`, *optional*, defaults to `""`):
+            Prompt of the unconditional branch when guidance is on.
+        sde_type (`str`, *optional*, defaults to `"flow"`):
+            Dynamics of the stochastic steps: `"flow"`, `"dance"` or `"cps"`.
+        noise_level (`float`, `list[float]` or `str`, *optional*, defaults to `0.7`):
+            Noise level of the stochastic steps: one number, one number per step, or the path of a calibration file.
+        sde_steps (`list[int]`, *optional*):
+            Grid indices (0 is the first step, from pure noise) that are stochastic and trained. Defaults to the
+            method's: all but the last, or for G2RPO the first half.
+        same_initial_noise (`bool`, *optional*, defaults to `False`):
+            Whether the samples of a group start from the same noise.
+        num_generations (`int`, *optional*, defaults to `24`):
+            Number of samples per prompt, G.
+        rollout_batch_size (`int`, *optional*, defaults to `32`):
+            Largest number of rows of one forward, decode or evaluation batch in rollouts. It bounds memory only.
+
+        > Parameters that control the rewards
+
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward function. Defaults to 1 each.
+        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
+            `"sum_then_normalize"` normalises the weighted sum of the rewards, `"normalize_then_sum"` sums the
+            advantages of each.
+        scale_rewards (`str`, *optional*, defaults to `"group"`):
+            Standard deviation that divides: of the `"group"`, of the `"batch"`, or `"none"`.
+        advantage_clip (`float`, *optional*, defaults to `5.0`):
+            Advantages are clamped to this absolute value.
+
+        > Parameters that control the training
+
+        learning_rate (`float`, *optional*, defaults to `3e-4`):
+            Learning rate of AdamW.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Number of passes over each rollout.
+        steps_per_generation (`int`, *optional*):
+            Number of micro-steps that one rollout feeds. Defaults to `gradient_accumulation_steps`: one on-policy
+            update. Twice as many give Flow-GRPO's two updates, the second one off-policy.
+        epsilon (`float`, *optional*, defaults to `1e-4`):
+            Clip range of the ratio. Log-probabilities are averaged over the latent's elements, hence the small value.
+        epsilon_high (`float`, *optional*):
+            Upper clip range. Defaults to `epsilon`.
+        beta (`float`, *optional*, defaults to `0.04`):
+            Weight of the KL divergence from the base model. 0 saves the reference's evaluations.
+        kl_type (`str`, *optional*, defaults to `"mean"`):
+            `"mean"` is Flow-GRPO's divergence of the step means without the step size, `"gaussian"` the true one,
+            `"velocity"` the squared distance of the velocities.
+        step_weighting (`str`, *optional*, defaults to `"none"`):
+            `"noise"` weights the loss of each step in proportion to its noise, which evens out the steps' gradients.
+        transition_batch_size (`int`, *optional*, defaults to `8`):
+            Largest number of rows of one training forward. It bounds memory only.
+        ema_decay (`float`, *optional*, defaults to `0.9`):
+            Decay of the moving average of the adapter that is evaluated and saved. `None` or 0 switches it off.
+        ema_update_after (`int`, *optional*, defaults to `0`):
+            Number of updates before averaging begins.
+
+        > Parameters that control the logging
+
+        num_logged_images (`int`, *optional*, defaults to `24`):
+            Number of held-out pictures that each evaluation saves to `output_dir/samples`.
+    """
+
+    # Defaults of TrainingArguments that the papers set differently.
+    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of AdamW."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    remove_unused_columns: bool | None = field(
+        default=False,
+        metadata={"help": "Whether to drop dataset columns. Keep False: other columns reach the reward functions."},
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Number of updates between two logs."})
+    eval_on_start: bool = field(
+        default=True, metadata={"help": "Whether to evaluate before training, when there is an evaluation dataset."}
+    )
+    model_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of `DiffusionPipeline.from_pretrained`, when the model is a name."},
+    )
+
+    # Sampling
+    num_inference_steps: int = field(
+        default=10, metadata={"help": "Number of denoising steps T of a training rollout."}
+    )
+    num_eval_inference_steps: int = field(
+        default=40, metadata={"help": "Number of deterministic denoising steps at evaluation."}
+    )
+    guidance_scale: float = field(
+        default=4.5, metadata={"help": "Guidance, in rollouts, training and evaluation, as the pipeline means it."}
+    )
+    height: int | None = field(
+        default=None, metadata={"help": "Height of the pictures in pixels. Defaults to the pipeline's."}
+    )
+    width: int | None = field(
+        default=None, metadata={"help": "Width of the pictures in pixels. Defaults to the pipeline's."}
+    )
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "Number of text tokens. Defaults to the pipeline's."}
+    )
+    negative_prompt: str = field(
+        default="", metadata={"help": "Prompt of the unconditional branch when guidance is on."}
+    )
+    sde_type: str = field(
+        default="flow",
+        metadata={"help": "Dynamics of the stochastic steps.", "choices": list(DYNAMICS)},
+    )
+    noise_level: list[str] = field(
+        default_factory=lambda: 0.7,
+        metadata={
+            "help": "Noise level of the stochastic steps: one number, one number per step, or the path of a "
+            "calibration file."
+        },
+    )
+    sde_steps: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Grid indices (0 is the first step, from pure noise) that are stochastic and trained. Defaults to "
+            "the method's: all but the last, or for G2RPO the first half."
+        },
+    )
+    same_initial_noise: bool = field(
+        default=False, metadata={"help": "Whether the samples of a group start from the same noise."}
+    )
+    num_generations: int = field(default=24, metadata={"help": "Number of samples per prompt, G."})
+    rollout_batch_size: int = field(
+        default=32,
+        metadata={
+            "help": "Largest number of rows of one forward, decode or evaluation batch in rollouts. It bounds memory "
+            "only."
+        },
+    )
+
+    # Rewards
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function. Defaults to 1 each."}
+    )
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata={
+            "help": "Normalise the weighted sum of the rewards, or sum the advantages of each.",
+            "choices": ["sum_then_normalize", "normalize_then_sum"],
+        },
+    )
+    scale_rewards: str = field(
+        default="group",
+        metadata={"help": "Whose standard deviation divides.", "choices": ["group", "batch", "none"]},
+    )
+    advantage_clip: float = field(
+        default=5.0, metadata={"help": "Advantages are clamped to this absolute value."}
+    )
+
+    # Training
+    num_iterations: int = field(default=1, metadata={"help": "Number of passes over each rollout."})
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of micro-steps that one rollout feeds. Defaults to `gradient_accumulation_steps`: one "
+            "on-policy update. Twice as many give Flow-GRPO's two updates, the second one off-policy."
+        },
+    )
+    epsilon: float = field(
+        default=1e-4,
+        metadata={
+            "help": "Clip range of the ratio. Log-probabilities are averaged over the latent's elements, hence the "
+            "small value."
+        },
+    )
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "Upper clip range. Defaults to `epsilon`."}
+    )
+    beta: float = field(
+        default=0.04,
+        metadata={
+            "help": "Weight of the KL divergence from the base model. 0 saves the reference's evaluations."
+        },
+    )
+    kl_type: str = field(
+        default="mean",
+        metadata={
+            "help": "`mean` is Flow-GRPO's divergence of the step means without the step size, `gaussian` the true "
+            "one, `velocity` the squared distance of the velocities.",
+            "choices": list(KL_TYPES),
+        },
+    )
+    step_weighting: str = field(
+        default="none",
+        metadata={
+            "help": "`noise` weights the loss of each step in proportion to its noise, which evens out the steps' "
+            "gradients.",
+            "choices": ["none", "noise"],
+        },
+    )
+    transition_batch_size: int = field(
+        default=8, metadata={"help": "Largest number of rows of one training forward. It bounds memory only."}
+    )
+    ema_decay: float | None = field(
+        default=0.9,
+        metadata={
+            "help": "Decay of the moving average of the adapter that is evaluated and saved. 0 switches it off."
+        },
+    )
+    ema_update_after: int = field(
+        default=0, metadata={"help": "Number of updates before averaging begins."}
+    )
+
+    # Logging
+    num_logged_images: int = field(
+        default=24,
+        metadata={"help": "Number of held-out pictures that each evaluation saves to `output_dir/samples`."},
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+            # TRL turns bfloat16 on by default. On a CPU it is slower than float32 and costs accuracy for nothing.
+            self.bf16 = False
+        super().__post_init__()
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        self.noise_level = _parse_noise_level(self.noise_level)
+        self.validate()
+
+    def validate(self):
+        """Raises `ValueError` for settings that cannot work, before any work is spent."""
+        _check_choice("sde_type", self.sde_type, DYNAMICS)
+        _check_choice("kl_type", self.kl_type, KL_TYPES)
+        _check_choice("step_weighting", self.step_weighting, ("none", "noise"))
+        _check_choice("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
+        _check_choice(
+            "multi_objective_aggregation",
+            self.multi_objective_aggregation,
+            ("sum_then_normalize", "normalize_then_sum"),
+        )
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations={self.num_generations}: a group needs at least 2 samples to have an advantage."
+            )
+        for name in (
+            "num_inference_steps",
+            "num_eval_inference_steps",
+            "num_iterations",
+            "steps_per_generation",
+            "rollout_batch_size",
+            "transition_batch_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
+        for name in ("beta", "epsilon", "num_logged_images", "ema_update_after"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        if self.advantage_clip <= 0:
+            raise ValueError(f"advantage_clip={self.advantage_clip}: expected a positive number.")
+        if self.ema_decay and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: expected a number between 0 and 1.")
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation={self.steps_per_generation}: expected a multiple of "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}, so that a rollout feeds whole updates."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size=True would change the number of prompt groups of an update. Lower "
+                "rollout_batch_size and transition_batch_size instead: they bound memory and change nothing else."
+            )
+        if self.sde_steps is not None:
+            if not self.sde_steps or len(set(self.sde_steps)) < len(self.sde_steps):
+                raise ValueError(f"sde_steps={self.sde_steps}: expected at least one index, each once.")
+            wrong = [step for step in self.sde_steps if not 0 <= step < self.num_inference_steps]
+            if wrong:
+                raise ValueError(
+                    f"sde_steps={self.sde_steps}: {wrong} not among the steps 0 to {self.num_inference_steps - 1} of "
+                    f"num_inference_steps={self.num_inference_steps}."
+                )
+        if isinstance(self.noise_level, str):
+            if not os.path.isfile(self.noise_level):
+                raise ValueError(
+                    f"noise_level={self.noise_level!r}: neither a number nor an existing calibration file. "
+                    "`trl-flow calibrate` writes one."
+                )
+        else:
+            levels = self.noise_level if isinstance(self.noise_level, list) else [self.noise_level]
+            if isinstance(self.noise_level, list) and len(levels) != self.num_inference_steps:
+                raise ValueError(
+                    f"noise_level has {len(levels)} values: expected one number, or one per step "
+                    f"(num_inference_steps={self.num_inference_steps})."
+                )
+            if not all(math.isfinite(level) and level >= 0 for level in levels):
+                raise ValueError(f"noise_level={self.noise_level}: expected numbers of 0 or more.")
+
+    @classmethod
+    def from_config(cls, config: "FlowGRPOConfig") -> "FlowGRPOConfig":
+        """
+        `config` as a configuration of this class: its values, and this class's defaults for the fields it lacks.
+
+        A configuration of another method is refused: its own fields would be ignored in silence.
+        """
+        if isinstance(config, cls):
+            return config
+        if type(config) is not FlowGRPOConfig:
+            raise ValueError(
+                f"args is a {type(config).__name__}: expected a {cls.__name__} or a FlowGRPOConfig."
+            )
+        # A copy without __init__: TrainingArguments' derived state (devices, distributed set-up) is kept as it is.
+        converted = copy.copy(config)
+        converted.__class__ = cls
+        own = {f.name for f in dataclasses.fields(config)}
+        for f in dataclasses.fields(cls):
+            if f.name not in own:
+                setattr(converted, f.name, f.default if f.default is not dataclasses.MISSING else f.default_factory())
+        converted.validate()
+        return converted
+
+
+def _parse_noise_level(value) -> float | list[float] | str:
+    """From what YAML, the command line or Python gave to a number, a list of numbers or a path."""
+    if isinstance(value, (list, tuple)):
+        if len(value) == 1:
+            return _parse_noise_level(value[0])
+        try:
+            return [float(level) for level in value]
+        except (TypeError, ValueError):
+            raise ValueError(f"noise_level={value!r}: expected numbers.") from None
+    if isinstance(value, str):
+        try:
+            return _parse_noise_level(json.loads(value))
+        except json.JSONDecodeError:
+            return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"noise_level={value!r}: expected a number, a list of numbers or a path.")
+    return float(value)

@@ -1,0 +1,898 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Flow-GRPO, and the training loop of every method: a method overrides `plan()`, `credit()` and little else."""
+
+import json
+import math
+import os
+import textwrap
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel
+from peft import PeftConfig, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import identity
+
+from ..calibration import load_noise_table
+from ..credit import assign_credit, combine_rewards, outcome
+from ..hub import create_model_card, save_adapter
+from ..objective import clipped_loss, kl_divergence, step_weights
+from ..policy import FlowPolicy, load_pipeline
+from ..prompts import PROMPT_SETS, load_prompts
+from ..report import ProgressLine, write_report
+from ..rewards import check_rewards, load_reward, reward_name, score
+from ..rollout import Plan, chain_plan, coefficients, execute, log_prob, seeded_noise, transition
+from .evaluation import EvaluationMixin
+from .flow_grpo_config import FlowGRPOConfig
+from .sampler import EpochRepeatSampler
+
+
+logger = get_logger(__name__)
+
+RewardFunc = str | Callable[..., list[float | None]]
+
+RUN_FILE = "run.json"
+
+
+class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
+    """
+    Trainer for Flow-GRPO, of the paper [Flow-GRPO: Training Flow Matching Models via Online
+    RL](https://huggingface.co/papers/2505.05470).
+
+    It samples G images per prompt with a stochastic sampler, scores them, and raises the probability of the denoising
+    steps of those that are better than their group. Names, argument order and reward functions are those of
+    [`~trl.GRPOTrainer`].
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            Id of a pipeline on the Hub, a directory, `"shapes"` (the embedded one), or a pipeline.
+        reward_funcs (`str`, `Callable` or a list of these):
+            What is maximised; see [`load_reward`].
+        args ([`FlowGRPOConfig`], *optional*):
+            Settings. Any [`FlowGRPOConfig`] works in any trainer; a method's own fields then take the paper's values.
+        train_dataset ([`~datasets.Dataset`], *optional*):
+            Rows with a `prompt`; other columns reach the reward functions. Defaults to the prompt set that the first
+            reward function names as its own.
+        eval_dataset ([`~datasets.Dataset`], *optional*):
+            Held-out prompts.
+        eval_reward_funcs (`str`, `Callable` or a list of these, *optional*):
+            Scores that are watched on the held-out prompts and never trained on.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Additional callbacks.
+        optimizers (`tuple`, *optional*):
+            Optimizer and scheduler. Defaults to AdamW as `args` describes it.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            The adapter that is trained. Defaults to LoRA of rank 32 and alpha 64 on the attention projections, the
+            papers' setting.
+
+    Raises:
+        ValueError: For anything that cannot work, with what was given and what was expected, before any work is spent.
+    """
+
+    # The loss of a micro-step is a mean over its transitions; `training_step` divides by the accumulation steps.
+    loss_is_scaled_for_ga = True
+    _tag_names = ["trl", "trl-flow", "flow-grpo"]
+    _name = "Flow-GRPO"
+    _config_class = FlowGRPOConfig
+    _normalization = {"ddof": 0, "eps": 1e-4}
+    _paper = {
+        "title": "Flow-GRPO: Training Flow Matching Models via Online RL",
+        "id": "2505.05470",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{liu2025flowgrpo,
+                title        = {{Flow-GRPO: Training Flow Matching Models via Online RL}},
+                author       = {Jie Liu and Gongye Liu and Jiajun Liang and Yangguang Li and Jiaheng Liu and Xintao Wang and Pengfei Wan and Di Zhang and Wanli Ouyang},
+                year         = 2025,
+                eprint       = {arXiv:2505.05470},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        reward_funcs: RewardFunc | list[RewardFunc],
+        args: FlowGRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else type(model).__name__
+            args = self._config_class(output_dir=f"{Path(name).name}-{self._name}")
+        self._given_args = args
+        self.args = args = self._config_class.from_config(args)
+
+        # Rewards
+        self.reward_names, self.reward_funcs = _load_rewards(reward_funcs, "reward_funcs")
+        self.eval_reward_names, self.eval_reward_funcs = _load_rewards(eval_reward_funcs or [], "eval_reward_funcs")
+        weights = [1.0] * len(self.reward_funcs) if args.reward_weights is None else args.reward_weights
+        if len(weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights has {len(weights)} values for {len(self.reward_funcs)} reward functions: expected one "
+                "for each."
+            )
+        self.reward_weights = torch.tensor(weights, dtype=torch.float64)
+
+        # Prompts
+        if train_dataset is None:
+            train_dataset = _own_prompts(self.reward_funcs[0], self.reward_names[0])
+        _check_dataset(train_dataset, "train_dataset")
+        if eval_dataset is None:
+            args.eval_on_start = False
+        else:
+            _check_dataset(eval_dataset, "eval_dataset")
+
+        # Method
+        self.sde_steps = sorted(args.sde_steps) if args.sde_steps is not None else self.default_sde_steps()
+        self.check_args()
+        prompts_per_rollout = args.per_device_train_batch_size * args.steps_per_generation * args.world_size
+        if len(train_dataset) < prompts_per_rollout:
+            raise ValueError(
+                f"train_dataset has {len(train_dataset)} prompts, but one rollout takes {prompts_per_rollout}: "
+                f"per_device_train_batch_size={args.per_device_train_batch_size} x steps_per_generation="
+                f"{args.steps_per_generation} x {args.world_size} processes."
+            )
+
+        # Policy. LoRA weights are random: the seed is set before they are made.
+        set_seed(args.seed)
+        self.base_model = model if isinstance(model, str) else model.config.get("_name_or_path") or ""
+        if peft_config is not None and getattr(peft_config, "lora_dropout", 0):
+            raise ValueError(
+                f"lora_dropout={peft_config.lora_dropout}: the ratio of two policies with different dropout masks is "
+                "no ratio. Set it to 0."
+            )
+        pipeline = load_pipeline(model, **(args.model_init_kwargs or {}))
+        self.policy = FlowPolicy(
+            pipeline,
+            peft_config,
+            height=args.height,
+            width=args.width,
+            guidance_scale=args.guidance_scale,
+            negative_prompt=args.negative_prompt,
+            max_sequence_length=args.max_sequence_length,
+        )
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.to(args.device)
+        self.sigmas = self.policy.sigmas(args.num_inference_steps)
+        self.noise_levels = self._resolve_noise_levels()
+        stds = [self._coefficients(step)[1] for step in self.sde_steps]
+        self._step_weights = dict(zip(self.sde_steps, step_weights(args.step_weighting, stds), strict=True))
+
+        self._extra_columns = defaultdict(list)
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._step = 0
+        self._buffered_inputs = None
+        self._nfe = 0
+        self._elapsed = 0.0
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        super().__init__(
+            model=self.policy,
+            args=args,
+            data_collator=identity,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        if not args.disable_tqdm:
+            self.add_callback(ProgressLine())
+        self.add_callback(_AfterUpdate(self))
+        self._ema = (
+            EMAModel(self._trainable, decay=args.ema_decay, update_after_step=args.ema_update_after)
+            if args.ema_decay
+            else None
+        )
+        # The noise and the data order are functions of the seed; what is left (a reward's own randomness) differs by
+        # process, as in TRL.
+        set_seed(args.seed, device_specific=True)
+
+    # ---- The method: what a subclass overrides ----
+
+    def default_sde_steps(self) -> list[int]:
+        """Steps that are stochastic and trained: all but the last, whose tiny sigma makes the density degenerate."""
+        return list(range(self.args.num_inference_steps - 1))
+
+    def check_args(self):
+        """Raises `ValueError` for settings that cannot work with this method."""
+        if not self.sde_steps:
+            raise ValueError(
+                f"num_inference_steps={self.args.num_inference_steps} leaves no step to train: the last one is not "
+                "stochastic. Expected at least 2."
+            )
+
+    def plan(self) -> Plan:
+        """The rollout tree of one prompt group."""
+        return chain_plan(
+            self.args.num_inference_steps, self.num_generations, self.sde_steps, self.args.same_initial_noise
+        )
+
+    def credit(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Rewards of the leaves of each transition `(B, S, G, K)` -> values `(B, S, G, C)` to normalise and sum."""
+        return outcome(rewards)
+
+    def log_credit(self, rewards: torch.Tensor, plan: Plan):
+        """Logs what is of interest in the weighted rewards `(B, S, G, K)` of the transitions' leaves."""
+
+    @property
+    def updates_per_pass(self) -> int:
+        """Number of parts that the transitions of one micro-batch are trained in, one update each."""
+        return 1
+
+    # ---- Rollouts ----
+
+    @property
+    def num_generations(self) -> int:
+        return self.args.num_generations
+
+    @property
+    def _micro_steps(self) -> int:
+        """Micro-steps of one pass over a rollout."""
+        return self.args.steps_per_generation * self.updates_per_pass
+
+    def _resolve_noise_levels(self) -> list[float]:
+        args, num_steps = self.args, self.args.num_inference_steps
+        if isinstance(args.noise_level, str):
+            levels = load_noise_table(args.noise_level, self.sigmas, args.sde_type)
+        else:
+            levels = args.noise_level if isinstance(args.noise_level, list) else [args.noise_level] * num_steps
+        for step in self.sde_steps:
+            if coefficients(*self.sigmas[step : step + 2].tolist(), levels[step], args.sde_type)[1] == 0:
+                raise ValueError(
+                    f"Step {step} is among sde_steps={self.sde_steps}, but with sde_type={args.sde_type!r} and noise "
+                    f"level {levels[step]} it has no noise (sigma {self.sigmas[step]:.4g} to "
+                    f"{self.sigmas[step + 1]:.4g}): there is nothing to learn from it."
+                )
+        return levels
+
+    def _coefficients(self, step: int) -> tuple[float, float]:
+        return coefficients(*self.sigmas[step : step + 2].tolist(), self.noise_levels[step], self.args.sde_type)
+
+    def _velocity(self, prompts: list[str]) -> Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]:
+        """The executor's view of the policy, for a batch of prompts."""
+        table = self.policy.conditioning(prompts)
+
+        def velocity(latents, sigma, prompt):
+            prompt = prompt.to(self.policy.device)
+            return self.model(latents, sigma, {name: value[prompt] for name, value in table.items()})
+
+        return velocity
+
+    def _generate_and_score(self, rows: list[dict]) -> list[dict]:
+        """Samples, scores and credits one rollout batch. Returns the micro-batches that it feeds, in training order."""
+        args, plan = self.args, self.plan()
+        prompts = [row["prompt"] for row in rows]
+        device = self.accelerator.device
+        # As many prompts at once as fill a forward: few large batches instead of many small ones.
+        prompts_per_sweep = max(1, args.rollout_batch_size // plan.width)
+        times = dict.fromkeys(("rollout", "decode", "reward"), 0.0)
+        nodes, scores = [], []
+        seen = defaultdict(int)
+        for start in range(0, len(rows), prompts_per_sweep):
+            part = prompts[start : start + prompts_per_sweep]
+            noise = []
+            for prompt in part:
+                noise.append(
+                    seeded_noise(
+                        args.seed,
+                        "train",
+                        self._step,
+                        prompt,
+                        seen[prompt],
+                        num_draws=plan.num_draws,
+                        latent_shape=self.policy.latent_shape,
+                    )
+                )
+                seen[prompt] += 1
+            with _timer(times, "rollout"):
+                rollout = execute(
+                    plan,
+                    self._velocity(part),
+                    self.sigmas,
+                    torch.stack(noise).to(device),
+                    self.noise_levels,
+                    args.sde_type,
+                    args.rollout_batch_size,
+                )
+            self._nfe += rollout.num_evaluations
+            nodes.append(torch.stack(list(rollout.nodes.values()), dim=1))
+            with _timer(times, "decode"):
+                images = self._decode(rollout.leaves.flatten(0, 1))
+            with _timer(times, "reward"):
+                values = self._calculate_rewards(
+                    self.reward_funcs,
+                    self.reward_names,
+                    [row for row in rows[start : start + len(part)] for _ in plan.leaves],
+                    images,
+                )
+            scores.append(values.unflatten(0, (len(part), len(plan.leaves))))
+        rewards = torch.cat(scores)  # (B, L, R)
+
+        leaf_position = {node: position for position, node in enumerate(plan.leaves)}
+        edges = [plan.transitions[step] for step in plan.steps]
+        leaves = torch.tensor([[[leaf_position[leaf] for leaf in e.leaves] for e in group] for group in edges])
+        advantages, mask = assign_credit(
+            rewards,
+            self.reward_weights,
+            leaves,
+            self.credit,
+            args.multi_objective_aggregation,
+            self._gather if args.scale_rewards == "batch" else None,
+            scale=args.scale_rewards,
+            **self._normalization,
+        )
+        advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
+        self._log_rollout(rewards, leaves, advantages, mask, plan, times)
+
+        position = {node: number for number, node in enumerate(rollout.nodes)}
+        everything = {
+            "nodes": torch.cat(nodes),
+            "advantages": advantages.float().to(device),
+            "steps": torch.tensor(plan.steps),
+            "parents": torch.tensor([[position[e.parent] for e in group] for group in edges]),
+            "children": torch.tensor([[position[e.child] for e in group] for group in edges]),
+            "prompts": prompts,
+            "old_log_probs": None,
+        }
+        # The part of the steps changes slowest: all prompts are trained at one part before the next.
+        parts = torch.arange(len(plan.steps)).chunk(self.updates_per_pass)
+        size = args.per_device_train_batch_size
+        micro_batches = [
+            _select(everything, range(start, start + size), part)
+            for part in parts
+            for start in range(0, len(prompts), size)
+        ]
+        for number, micro_batch in enumerate(micro_batches):
+            # The first update is on-policy: exp(logp - logp.detach()) is exactly 1 and needs no second evaluation.
+            if number >= args.gradient_accumulation_steps:
+                micro_batch["old_log_probs"] = self._log_probs(micro_batch)
+        return micro_batches
+
+    @torch.no_grad()
+    def _decode(self, latents: torch.Tensor) -> list:
+        return _to_pil(self.policy.decode(latents, self.args.rollout_batch_size))
+
+    def _calculate_rewards(self, reward_funcs, reward_names, rows: list[dict], images: list) -> torch.Tensor:
+        """Scores of shape `(n, R)`, float64 on the CPU; NaN where there is none."""
+        scores, failed = score(
+            reward_funcs,
+            reward_names,
+            [row["prompt"] for row in rows],
+            images,
+            {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
+            trainer_state=self.state,
+            log_extra=self._log_extra,
+            log_metric=self._log_metric,
+        )
+        mode = "train" if self.model.training else "eval"
+        for name, count in failed.items():
+            self._metrics[mode][f"rewards/{name}/failed"].append(count / len(images))
+        return scores
+
+    def _log_extra(self, column: str, values: list):
+        """`log_extra` of TRL's reward functions: a column of the samples' table, written with the held-out scores."""
+        self._extra_columns[column].extend(values)
+
+    def _log_metric(self, name: str, value: float):
+        """`log_metric` of TRL's reward functions: a number that is averaged over a logging step."""
+        self._metrics["train" if self.model.training else "eval"][name].append(float(value))
+
+    def _gather(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
+
+    def _log_rollout(self, rewards, leaves, advantages, mask, plan, times):
+        metrics = self._metrics["train"]
+        total = combine_rewards(rewards, self.reward_weights)
+        metrics["reward"].append(_nanmean(total))
+        metrics["reward_std"].append(_nanstd(total, dim=1))
+        for r, name in enumerate(self.reward_names):
+            metrics[f"rewards/{name}/mean"].append(_nanmean(rewards[..., r]))
+            metrics[f"rewards/{name}/std"].append(_nanstd(rewards[..., r], dim=1))
+        metrics["frac_reward_nan"].append(rewards.isnan().double().mean().item())
+        metrics["frac_reward_zero_std"].append((~mask.any(-1)).double().mean().item())
+        metrics["advantages/mean"].append(advantages.mean().item())
+        for s, step in enumerate(plan.steps):
+            metrics[f"advantages/std/step_{step}"].append(advantages[:, s].std().item())
+        for name, seconds in times.items():
+            metrics[f"time/{name}"].append(seconds)
+        num_images = rewards.shape[0] * rewards.shape[1]
+        metrics["images_per_second"].append(num_images / max(sum(times.values()), 1e-9))
+        self.log_credit(total[:, leaves], plan)
+
+    # ---- Training ----
+
+    def get_train_dataloader(self):
+        # One item is one prompt group; one batch is one rollout, repeated for every micro-step that it feeds.
+        return self._get_dataloader(
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self._train_batch_size * self.args.steps_per_generation,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _get_train_sampler(self, dataset=None):
+        return EpochRepeatSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=1,
+            batch_size=self._train_batch_size * self.args.steps_per_generation * self.accelerator.num_processes,
+            repeat_count=self.args.num_iterations * self._micro_steps,
+            shuffle=True,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+
+    def _prepare_inputs(self, rows: list[dict]) -> dict:
+        if self._step % (self.args.num_iterations * self._micro_steps) == 0 or self._buffered_inputs is None:
+            self._buffered_inputs = self._generate_and_score(rows)
+        return self._buffered_inputs[self._step % self._micro_steps]
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        began = time.perf_counter()
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        with _timer(times := {}, "train"):
+            loss = self._forward_backward(model, inputs)
+        self._metrics["train"]["time/train"].append(times["train"])
+        self._step += 1
+        self._elapsed += time.perf_counter() - began
+        return loss / self.current_gradient_accumulation_steps
+
+    def _forward_backward(self, model, inputs: dict) -> torch.Tensor:
+        """Adds the gradient of one micro-batch, chunk by chunk. Returns its loss, a mean over its transitions."""
+        args = self.args
+        chunks = list(self._chunks(inputs))
+        advantages, old = inputs["advantages"], inputs["old_log_probs"]
+        new = torch.zeros_like(advantages)
+        weight = 1.0 / advantages.numel()
+        loss_sum = torch.zeros((), device=advantages.device)
+        logged = defaultdict(list)
+        previous = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self._trainable]
+        norms = {}
+        for number, chunk in enumerate(chunks):
+            last = number == len(chunks) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
+                velocity = model(chunk.latents, chunk.sigma, chunk.conditioning)
+                mean, std = transition(
+                    chunk.latents,
+                    velocity,
+                    chunk.sigma,
+                    chunk.sigma_next,
+                    self.noise_levels[chunk.step],
+                    args.sde_type,
+                )
+                log_probs = log_prob(chunk.next_latents, mean[chunk.row], std)
+                old_log_probs = log_probs.detach() if old is None else old[chunk.members]
+                ratio = torch.exp(log_probs - old_log_probs)
+                epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+                losses, clipped = clipped_loss(advantages[chunk.members], ratio, args.epsilon, epsilon_high)
+                loss = weight * self._step_weights[chunk.step] * losses.sum()
+                if args.beta > 0:
+                    with torch.no_grad(), self.policy.reference():
+                        reference = self.model(chunk.latents, chunk.sigma, chunk.conditioning)
+                    kl = kl_divergence(
+                        args.kl_type,
+                        velocity,
+                        reference,
+                        chunk.sigma,
+                        chunk.sigma_next,
+                        self.noise_levels[chunk.step],
+                        args.sde_type,
+                    )[chunk.row]
+                    loss = loss + args.beta * weight * kl.sum()
+                    logged["kl"].append(kl.detach())
+                self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+            new[chunk.members] = log_probs.detach()
+            self._nfe += len(chunk.latents) * (2 if args.beta > 0 else 1)
+            loss_sum += loss.detach()
+            logged["ratio"].append(ratio.detach())
+            logged["clip"].append(clipped.float())
+            if last or chunks[number + 1].step != chunk.step:
+                gradient = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self._trainable]
+                norms[chunk.step] = torch.stack(
+                    [(now - then).norm() for now, then in zip(gradient, previous, strict=True)]
+                ).norm()
+                previous = gradient
+        if old is None and args.num_iterations > 1:
+            inputs["old_log_probs"] = new
+        self._log_update(logged, norms)
+        return loss_sum
+
+    def _chunks(self, inputs: dict) -> Iterator["_Chunk"]:
+        """
+        Transitions of a micro-batch, step by step, in chunks of at most `transition_batch_size` distinct parents.
+
+        Siblings share their parent's row: its velocity is evaluated once for all of them, and the gradient is that of
+        each sibling by itself, because the mean of a step depends on the policy through the velocity alone.
+        """
+        num_prompts = len(inputs["prompts"])
+        device = inputs["nodes"].device
+        sigmas = self.sigmas.tolist()
+        conditioning = None
+        anything = False
+        for s, step in enumerate(inputs["steps"].tolist()):
+            parents, of_member = inputs["parents"][s].unique(return_inverse=True)
+            # With no KL term, a parent whose children all have advantage 0 has no gradient: it is not evaluated.
+            useful = (inputs["advantages"][:, s] != 0).cpu() if self.args.beta == 0 else None
+            rows = [
+                (b, u)
+                for b in range(num_prompts)
+                for u in range(len(parents))
+                if useful is None or useful[b, of_member == u].any()
+            ]
+            if not rows and not anything and s == len(inputs["steps"]) - 1:
+                rows = [(0, 0)]  # every process takes part in the update, be it with a gradient of zero
+            anything = anything or bool(rows)
+            conditioning = conditioning or self.policy.conditioning(inputs["prompts"])
+            for start in range(0, len(rows), self.args.transition_batch_size):
+                b, u = torch.tensor(rows[start : start + self.args.transition_batch_size]).unbind(1)
+                row, member = (of_member[None] == u[:, None]).nonzero(as_tuple=True)
+                b_device = b.to(device)
+                yield _Chunk(
+                    step=step,
+                    sigma=sigmas[step],
+                    sigma_next=sigmas[step + 1],
+                    latents=inputs["nodes"][b_device, parents[u].to(device)],
+                    next_latents=inputs["nodes"][b[row].to(device), inputs["children"][s][member].to(device)],
+                    conditioning={name: value[b_device] for name, value in conditioning.items()},
+                    row=row.to(device),
+                    members=(b[row].to(device), torch.full_like(row, s).to(device), member.to(device)),
+                )
+
+    @torch.no_grad()
+    def _log_probs(self, inputs: dict) -> torch.Tensor:
+        """Log-probabilities `(B, S, G)` under the present policy, in the very batches that training will use."""
+        result = torch.zeros_like(inputs["advantages"])
+        for chunk in self._chunks(inputs):
+            with self.compute_loss_context_manager():
+                velocity = self.model(chunk.latents, chunk.sigma, chunk.conditioning)
+            mean, std = transition(
+                chunk.latents, velocity, chunk.sigma, chunk.sigma_next, self.noise_levels[chunk.step], self.args.sde_type
+            )
+            result[chunk.members] = log_prob(chunk.next_latents, mean[chunk.row], std)
+            self._nfe += len(chunk.latents)
+        return result
+
+    def _log_update(self, logged: dict, norms: dict):
+        metrics = self._metrics["train"]
+        ratio = torch.cat(logged["ratio"])
+        metrics["ratio/mean"].append(ratio.mean().item())
+        metrics["ratio/min"].append(ratio.min().item())
+        metrics["ratio/max"].append(ratio.max().item())
+        metrics["clip_ratio"].append(torch.cat(logged["clip"]).mean().item())
+        if logged["kl"]:
+            metrics["kl"].append(torch.cat(logged["kl"]).mean().item())
+        total = sum(norm.item() for norm in norms.values())
+        for step in self.sde_steps:
+            if step in norms or self.updates_per_pass == 1:
+                share = norms[step].item() / total if step in norms and total > 0 else 0.0
+                metrics[f"grad_share/step_{step}"].append(share)
+
+    @property
+    def _trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        prefix = "eval_" if mode == "eval" else ""
+        for key, values in self._metrics[mode].items():
+            known = [value for value in values if not math.isnan(value)]
+            logs[prefix + key] = sum(known) / len(known) if known else None
+        self._metrics[mode].clear()
+        if mode == "train":
+            logs |= {"nfe": self._nfe, "time/elapsed": self._elapsed}
+        super().log(logs, start_time)
+
+    # ---- Runs: begin, save, resume ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        Trains, with a last evaluation and the report at the end.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint, or `True` for the last one of
+                `output_dir`. Training goes on exactly as if it had not stopped.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint=True, but {self.args.output_dir} holds no checkpoint.")
+        self._check_output_dir(resume_from_checkpoint or None)
+        rows = [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]
+        extras = {"trainer_state": self.state, "log_extra": self._log_extra, "log_metric": self._log_metric}
+        size = (self.policy.image_size[1], self.policy.image_size[0])
+        check_rewards(
+            self.reward_funcs + self.eval_reward_funcs, self.reward_names + self.eval_reward_names, rows, size, **extras
+        )
+        self._metrics["train"].clear()
+        self._extra_columns.clear()
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        if self.eval_dataset is not None and self._last_evaluation() != self.state.global_step:
+            self.evaluate()
+        self.save_state()
+        if self.is_world_process_zero() and self.state.log_history:
+            write_report(self.args.output_dir)
+        return result
+
+    def _last_evaluation(self) -> int | None:
+        return next((entry["step"] for entry in reversed(self.state.log_history) if "eval_reward" in entry), None)
+
+    def _check_output_dir(self, checkpoint: str | None):
+        run = {
+            "method": self._name,
+            "base_model": self.base_model,
+            "rewards": self.reward_names,
+            "eval_rewards": self.eval_reward_names,
+        }
+        file = Path(self.args.output_dir) / RUN_FILE
+        if checkpoint is not None:
+            state = Path(checkpoint) / f"rollout_state_{self.args.process_index}.pt"
+            if not state.is_file():
+                raise ValueError(
+                    f"resume_from_checkpoint={checkpoint}: it holds no {state.name}, so it is not a checkpoint of this "
+                    "library (or was made with fewer processes)."
+                )
+            method = torch.load(state, weights_only=True, map_location="cpu")["method"]
+            if method != self._name:
+                raise ValueError(
+                    f"resume_from_checkpoint={checkpoint} is a checkpoint of {method}, but this trainer is "
+                    f"{self._name}. Resume it with its own trainer."
+                )
+        elif file.is_file():
+            raise ValueError(
+                f"output_dir={self.args.output_dir} holds another run ({json.loads(file.read_text())['method']}). "
+                "Choose another directory, or go on with that run: train(resume_from_checkpoint=True)."
+            )
+        if self.is_world_process_zero():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(run, indent=2) + "\n")
+
+    @contextmanager
+    def averaged_weights(self):
+        """The policy with the moving average of its weights, where one is kept."""
+        if self._ema is None or self._ema.optimization_step == 0:
+            yield
+            return
+        parameters = self._trainable
+        self._ema.store(parameters)
+        self._ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self._ema.restore(parameters)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        # A checkpoint keeps the weights that training goes on from; what the user saves is what was evaluated.
+        with nullcontext() if _internal_call else self.averaged_weights():
+            super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self.create_model_card()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        save_adapter(
+            self.policy.denoiser,
+            type(self.policy.pipeline),
+            self.policy.family.component,
+            output_dir,
+            self.base_model or None,
+            state_dict,
+        )
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if os.path.isdir(folder):
+            state = {
+                "method": self._name,
+                "step": self._step,
+                "nfe": self._nfe,
+                "elapsed": self._elapsed,
+                "buffered_inputs": self._buffered_inputs,
+                "ema": None if self._ema is None else self._ema.state_dict(),
+            }
+            torch.save(state, os.path.join(folder, f"rollout_state_{self.args.process_index}.pt"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        weights = load_file(os.path.join(resume_from_checkpoint, "adapter_model.safetensors"))
+        outcome_of_load = set_peft_model_state_dict(self.policy.denoiser, weights)
+        if outcome_of_load.unexpected_keys:
+            raise ValueError(
+                f"{resume_from_checkpoint} is of another adapter: {outcome_of_load.unexpected_keys[:3]} ... do not fit."
+            )
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = torch.load(
+            os.path.join(checkpoint, f"rollout_state_{self.args.process_index}.pt"),
+            weights_only=True,
+            map_location=self.accelerator.device,
+        )
+        self._step, self._nfe, self._elapsed = state["step"], state["nfe"], state["elapsed"]
+        self._buffered_inputs = state["buffered_inputs"]
+        if self._ema is not None and state["ema"] is not None:
+            self._ema.load_state_dict(state["ema"])
+
+    def _send_telemetry(self):
+        """Nothing is sent: TRL's telemetry is about TRL's own trainers."""
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
+        if not self.is_world_process_zero():
+            return
+        evaluations = [entry for entry in self.state.log_history if "eval_reward" in entry]
+        create_model_card(
+            self.args.output_dir,
+            base_model=self.base_model,
+            pipeline_class_name=type(self.policy.pipeline).__name__,
+            method_name=self._name,
+            paper=self._paper,
+            datasets=dataset_name,
+            reward_names=self.reward_names,
+            eval_reward_names=self.eval_reward_names,
+            metrics={
+                when: {
+                    name: {
+                        "mean": entry.get(f"eval_rewards/{name}/mean"),
+                        "std": entry.get(f"eval_rewards/{name}/std"),
+                        "n": entry.get("eval_num_samples"),
+                    }
+                    for name in self.reward_names + self.eval_reward_names
+                }
+                for when, entry in (("before", evaluations[0]), ("after", evaluations[-1]))
+            }
+            if evaluations
+            else None,
+            config={name: value for name, value in self.args.to_dict().items() if value is not None},
+            call_arguments={
+                "num_inference_steps": self.args.num_eval_inference_steps,
+                **self.policy.call_arguments,
+            },
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            model_name=model_name,
+            hub_model_id=self.args.hub_model_id,
+            component=self.policy.family.component,
+            load_expression="trl_flow.policy.load_pipeline('shapes')" if self.base_model == "shapes" else None,
+            steps=self.state.global_step,
+            seconds=self._elapsed,
+            nfe=self._nfe,
+        )
+
+
+@dataclass
+class _Chunk:
+    """One training forward: n parents at one step, and their m children."""
+
+    step: int
+    sigma: float
+    sigma_next: float
+    latents: torch.Tensor  # (n, *latent)
+    next_latents: torch.Tensor  # (m, *latent)
+    conditioning: dict[str, torch.Tensor]  # n rows
+    row: torch.Tensor  # (m,) parent of each child
+    members: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (m,) prompt, step and group member of each child
+
+
+class _AfterUpdate(TrainerCallback):
+    """Follows each optimizer step with the moving average."""
+
+    def __init__(self, trainer: FlowGRPOTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer._ema is not None:
+            self.trainer._ema.step(self.trainer._trainable)
+
+
+def _select(inputs: dict, prompts: range, steps: torch.Tensor) -> dict:
+    """The micro-batch of some prompts and steps."""
+    prompts = list(prompts)
+    return {
+        "nodes": inputs["nodes"][prompts],
+        "advantages": inputs["advantages"][prompts][:, steps],
+        "steps": inputs["steps"][steps],
+        "parents": inputs["parents"][steps],
+        "children": inputs["children"][steps],
+        "prompts": [inputs["prompts"][b] for b in prompts],
+        "old_log_probs": None,
+    }
+
+
+def _load_rewards(rewards, argument: str) -> tuple[list[str], list[Callable]]:
+    rewards = rewards if isinstance(rewards, (list, tuple)) else [rewards]
+    if not rewards and argument == "reward_funcs":
+        raise ValueError("reward_funcs is empty: expected at least one reward function or name.")
+    names = []
+    for reward in rewards:
+        name = reward_name(reward)
+        names.append(name if name not in names else f"{name}_{sum(n.startswith(name) for n in names) + 1}")
+    return names, [load_reward(reward) for reward in rewards]
+
+
+def _own_prompts(reward: Callable, name: str) -> Dataset:
+    prompt_set = getattr(reward, "prompt_set", None)
+    if prompt_set is None:
+        raise ValueError(
+            f"train_dataset is None, and the reward {name!r} names no prompt set of its own. Give a dataset with a "
+            f"'prompt' column, or load_prompts(...) of one of these: {', '.join(PROMPT_SETS)}."
+        )
+    return load_prompts(prompt_set)
+
+
+def _check_dataset(dataset, argument: str):
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{argument} is a {type(dataset).__name__}: expected a datasets.Dataset.")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"{argument} has the columns {dataset.column_names}: expected one named 'prompt'.")
+    if len(dataset) == 0:
+        raise ValueError(f"{argument} is empty.")
+    reserved = {"prompts", "images", "completions", "trainer_state", "log_extra", "log_metric"}
+    if clash := sorted(reserved & set(dataset.column_names)):
+        raise ValueError(f"{argument} has columns {clash}, names that reward functions get other things by. Rename them.")
+    for number, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{argument}: the prompt of row {number} is {prompt!r}; expected a text.")
+
+
+def _to_pil(images: torch.Tensor) -> list:
+    return DiffusionPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
+
+
+def _nanmean(values: torch.Tensor) -> float:
+    return values.double().nanmean().item()
+
+
+def _nanstd(values: torch.Tensor, dim: int) -> float:
+    """Mean over the rest of the standard deviation along `dim`."""
+    mean = values.nanmean(dim, keepdim=True)
+    return (values - mean).square().nanmean(dim).sqrt().nanmean().item()
+
+
+@contextmanager
+def _timer(times: dict, name: str):
+    """Adds the seconds of its block to `times[name]`."""
+    began = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    times[name] = times.get(name, 0.0) + time.perf_counter() - began
