@@ -306,14 +306,16 @@ class TestMain:
 class TestTrainingCommand:
     @pytest.mark.parametrize(
         "values",
-        [{"lora_r": 0}, {"lora_dropout": 1.0}, {"num_eval_prompts": 0}],
+        [{"lora_r": 0}, {"num_eval_prompts": 0}],
         ids=lambda values: next(iter(values)),
     )
     def test_bad_script_argument(self, values):
         with pytest.raises(ValueError, match=next(iter(values))):
             FlowScriptArguments(**values)
 
-    @pytest.mark.parametrize("trace", ["config.yaml", "checkpoint-3", "adapter_config.json", "trainer_state.json"])
+    @pytest.mark.parametrize(
+        "trace", ["run.json", "config.yaml", "checkpoint-3", "adapter_config.json", "trainer_state.json"]
+    )
     def test_directory_of_another_run(self, tmp_path, trace):
         check_output_dir(str(tmp_path / "new"))
         check_output_dir(str(tmp_path))
@@ -339,7 +341,7 @@ class TestTrainingCommand:
             "--config", str(ROOT / "examples" / "shapes" / f"{command}.yaml"),
             "--output_dir", str(tmp_path / "run"),
             "--num_generations", "6", "--learning_rate", "5e-4", "--adam_beta2", "0.95", "--hub_token", "hf_secret",
-            "--lora_target_modules", "to_q", "to_k", "--no_use_peft", "--resume_from_checkpoint", "true",
+            "--lora_target_modules", "to_q", "to_k", "--resume_from_checkpoint", "true",
         )  # fmt: skip
         config = resolved_config(script_args, training_args)
         path = write_config(config, command)

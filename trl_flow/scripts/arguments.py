@@ -33,15 +33,10 @@ class FlowScriptArguments:
             float32 whatever this is.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that the pipeline's repository brings along.
-        use_peft (`bool`, *optional*, defaults to `True`):
-            Whether to train a LoRA adapter. Without it, all weights of the denoiser are trained.
         lora_r (`int`, *optional*, defaults to `32`):
             Rank of the adapter.
         lora_alpha (`int`, *optional*, defaults to `64`):
             Scale of the adapter: its update is multiplied by `lora_alpha / lora_r`.
-        lora_dropout (`float`, *optional*, defaults to `0.0`):
-            Dropout inside the adapter. A rollout and its replay see different masks, so anything but 0 adds noise to
-            the ratio.
         lora_target_modules (`list[str]`, *optional*):
             Names of the layers to adapt. By default those that suit the pipeline's family.
         reward_funcs (`list[str]`, *optional*):
@@ -68,10 +63,8 @@ class FlowScriptArguments:
             "model_revision",
             "dtype",
             "trust_remote_code",
-            "use_peft",
             "lora_r",
             "lora_alpha",
-            "lora_dropout",
             "lora_target_modules",
         ],
         "Rewards and prompts": [
@@ -105,23 +98,10 @@ class FlowScriptArguments:
         default=False,
         metadata={"help": "Whether to run code that the pipeline's repository brings along."},
     )
-    use_peft: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to train a LoRA adapter. Without it, all weights of the denoiser are trained.",
-        },
-    )
     lora_r: int = field(default=32, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(
         default=64,
         metadata={"help": "Scale of the adapter: its update is multiplied by `lora_alpha / lora_r`."},
-    )
-    lora_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Dropout inside the adapter. A rollout and its replay see different masks, so anything but 0 adds "
-            "noise to the ratio."
-        },
     )
     lora_target_modules: list[str] | None = field(
         default=None,
@@ -159,7 +139,5 @@ class FlowScriptArguments:
     def __post_init__(self):
         if self.lora_r < 1:
             raise ValueError(f"lora_r={self.lora_r}: the rank of the adapter must be at least 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout}: expected a fraction in [0, 1)")
         if self.num_eval_prompts is not None and self.num_eval_prompts < 1:
             raise ValueError(f"num_eval_prompts={self.num_eval_prompts}: expected at least 1")

@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,6 @@ TRAINING_SETTINGS = {
         "eval_strategy",
         "eval_steps",
         "eval_on_start",
-        "per_device_eval_batch_size",
         "logging_steps",
         "report_to",
         "run_name",
@@ -132,7 +132,8 @@ def resolved_config(script_args: FlowScriptArguments, training_args: Any) -> dic
     their defaults. Tokens are left out.
     """
     ours = set(own_fields(type(training_args)))
-    defaults = type(training_args)(output_dir=training_args.output_dir).to_dict()
+    with warnings.catch_warnings(action="ignore"):
+        defaults = type(training_args)(output_dir=training_args.output_dir).to_dict()
     values = {
         name: value
         for name, value in training_args.to_dict().items()
@@ -160,7 +161,7 @@ def write_config(config: dict[str, Any], command: str) -> Path:
 def check_output_dir(output_dir: str) -> None:
     """Refuse a directory that holds another run, whose files a new run would mix with its own."""
     directory = Path(output_dir)
-    traces = ["config.yaml", "trainer_state.json", "adapter_config.json", "checkpoint-*"]
+    traces = ["run.json", "config.yaml", "trainer_state.json", "adapter_config.json", "checkpoint-*"]
     found = [path.name for trace in traces for path in sorted(directory.glob(trace))]
     if found:
         raise ValueError(
@@ -204,16 +205,11 @@ def run_training(trainer_class: type, command: str, script_args: FlowScriptArgum
         write_config(config, command)
 
     trainer.train(resume_from_checkpoint=resume)
-    if trainer.eval_dataset is not None and _last_evaluation(trainer) != trainer.state.global_step:
-        trainer.evaluate()
     trainer.save_model()
-    trainer.save_state()
     if trainer.is_world_process_zero():
-        from ..report import write_report
-
-        report = write_report(training_args.output_dir)
-        print_scores(trainer, script_args)
-        print(f"\nReport: {report}\nGenerate with the new adapter:\n  {generate_command(trainer, script_args)}")
+        print_scores(trainer)
+        print(f"\nReport:  {Path(training_args.output_dir, 'report.html')}")
+        print(f"Pictures with the new adapter:\n  {generate_command(trainer, script_args)}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}")
@@ -239,15 +235,6 @@ def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training
                 num_prompts=script_args.num_eval_prompts,
             )
     training_args.model_init_kwargs = model_init_kwargs(script_args, training_args)
-    peft_config = None
-    if script_args.use_peft:
-        peft_config = LoraConfig(
-            r=script_args.lora_r,
-            lora_alpha=script_args.lora_alpha,
-            lora_dropout=script_args.lora_dropout,
-            target_modules=script_args.lora_target_modules,
-            init_lora_weights="gaussian",
-        )
     return trainer_class(
         model=script_args.model_name_or_path,
         reward_funcs=script_args.reward_funcs,
@@ -255,7 +242,12 @@ def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         eval_reward_funcs=script_args.eval_reward_funcs,
-        peft_config=peft_config,
+        peft_config=LoraConfig(
+            r=script_args.lora_r,
+            lora_alpha=script_args.lora_alpha,
+            target_modules=script_args.lora_target_modules,
+            init_lora_weights="gaussian",
+        ),
     )
 
 
@@ -277,26 +269,25 @@ def held_out_scores(log_history: list[dict]) -> dict[str, tuple[float, float]]:
     scores = {}
     for entry in log_history:
         for key, value in entry.items():
-            if key.startswith(prefix) and key.endswith(suffix):
+            if key.startswith(prefix) and key.endswith(suffix) and value is not None:
                 name = key.removeprefix(prefix).removesuffix(suffix)
                 scores[name] = (scores[name][0] if name in scores else value, value)
     return scores
 
 
-def print_scores(trainer, script_args: FlowScriptArguments) -> None:
+def print_scores(trainer) -> None:
     """Held-out scores before and after training, as a table."""
-    scores = held_out_scores(trainer.state.log_history)
-    if not scores:
-        return
-    trained = len(trainer.reward_funcs)
-    table = Table(title=f"Held-out scores on {len(trainer.eval_dataset)} prompts")
+    log = trainer.state.log_history
+    count = next((entry["eval_num_samples"] for entry in reversed(log) if "eval_num_samples" in entry), None)
+    table = Table(title=f"Held-out scores on {count} pictures", title_justify="left")
     table.add_column("reward")
     for title in ("before", "after", "change"):
         table.add_column(title, justify="right")
-    for position, (name, (before, after)) in enumerate(scores.items()):
-        label = name if position < trained else f"{name} (not trained on)"
+    for name, (before, after) in held_out_scores(log).items():
+        label = name if name in trainer.reward_names else f"{name} (not trained on)"
         table.add_row(label, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
-    Console().print(table)
+    if table.row_count:
+        Console().print("\n", table, sep="")
 
 
 def generate_command(trainer, script_args: FlowScriptArguments) -> str:
@@ -305,8 +296,3 @@ def generate_command(trainer, script_args: FlowScriptArguments) -> str:
     words = ["trl-flow", "generate", "--model", script_args.model_name_or_path]
     words += ["--adapter", trainer.args.output_dir, "--prompt", dataset[0]["prompt"], "--compare"]
     return shlex.join(words)
-
-
-def _last_evaluation(trainer) -> int | None:
-    steps = [entry["step"] for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
-    return steps[-1] if steps else None
