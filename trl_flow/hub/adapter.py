@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 DIFFUSERS_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PEFT_PREFIX = "base_model.model."
 
 
@@ -185,9 +188,12 @@ def load_adapter(
         `DiffusionPipeline`: the same pipeline.
 
     Raises:
+        FileNotFoundError: neither a directory nor a Hub id.
         ValueError: the pipeline has no `transformer` or `unet`, or no layer of the adapter fits it.
     """
     adapter_name_or_path = str(adapter_name_or_path)
+    if not os.path.isdir(adapter_name_or_path) and not HUB_ID.fullmatch(adapter_name_or_path):
+        raise FileNotFoundError(f"{adapter_name_or_path} is neither a directory nor a Hub id.")
     if component is None:
         component = next((name for name in ("transformer", "unet") if name in pipeline.components), None)
     if component is None or pipeline.components.get(component) is None:
@@ -223,12 +229,19 @@ def _load_diffusers_format(
 ) -> bool:
     if not supports_diffusers_format(type(pipeline), component, config):
         return False
+    # diffusers warns once per text encoder that the adapter has nothing for it. It never has; an adapter that has nothing
+    # for the denoiser either is found by our caller.
+    loader_logger = logging.get_logger("diffusers.loaders.lora_base")
+    level = loader_logger.level
+    loader_logger.setLevel(logging.ERROR)
     try:
         # By its name: without one, diffusers refuses to look into its cache when it is offline, and takes the file in
         # PEFT's format, of which it understands nothing, when that is the only one.
         pipeline.load_lora_weights(adapter_name_or_path, revision=revision, weight_name=DIFFUSERS_WEIGHTS_NAME)
     except OSError:
         return False  # saved by PEFT alone
+    finally:
+        loader_logger.setLevel(level)
     return True
 
 

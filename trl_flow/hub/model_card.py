@@ -22,7 +22,6 @@ import json
 import math
 import os
 import platform
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -36,11 +35,11 @@ from transformers.utils import logging
 
 from ..report.history import public_settings
 from ..report.text import format_change, format_duration, format_number
+from .adapter import HUB_ID
 
 
 logger = logging.get_logger(__name__)
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PACKAGES = ("trl-flow", "trl", "diffusers", "transformers", "peft", "accelerate", "datasets", "torch")
 GALLERY_SIZE = 4
 GALLERY_PIXELS = 256

@@ -49,7 +49,6 @@ class ProgressLine(TrainerCallback):
         self.stream = stream
         self.bar = None
         self.reward = None
-        self.reward_std = None
         self.first_scores: dict[str, float] = {}
         self.scores: dict[str, float] = {}
         self.speed = ""
@@ -68,7 +67,7 @@ class ProgressLine(TrainerCallback):
                 initial=state.global_step,
                 file=stream,
                 dynamic_ncols=True,
-                bar_format="{n_fmt}/{total_fmt} {bar:16} {elapsed} < {remaining}{postfix}",
+                bar_format="{n_fmt}/{total_fmt} {bar:10} {elapsed}<{remaining}{postfix}",
             )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -78,7 +77,7 @@ class ProgressLine(TrainerCallback):
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         self.evaluated_batches += 1
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{self._text()} | evaluating, batch {self.evaluated_batches}")
+            self.bar.set_postfix_str(f"evaluating, batch {self.evaluated_batches} | {self._text()}")
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.evaluated_batches = 0
@@ -109,7 +108,7 @@ class ProgressLine(TrainerCallback):
 
     def _read(self, logs: dict) -> None:
         if finite(logs.get("reward")):
-            self.reward, self.reward_std = logs["reward"], logs.get("reward_std")
+            self.reward = logs["reward"]
         names = [key for key in logs if key.startswith("eval_rewards/") and key.endswith("/mean")]
         scores = {key.removeprefix("eval_rewards/").removesuffix("/mean"): logs[key] for key in names}
         if not scores and "eval_reward" in logs:
@@ -127,8 +126,7 @@ class ProgressLine(TrainerCallback):
     def _text(self) -> str:
         parts = []
         if self.reward is not None:
-            spread = f" ± {self.reward_std:.2g}" if finite(self.reward_std) else ""
-            parts.append(f"reward {self.reward:.3f}{spread}")
+            parts.append(f"reward {self.reward:.3f}")
         if self.scores:
             parts.append(self._score_text())
         if self.speed:
@@ -139,7 +137,7 @@ class ProgressLine(TrainerCallback):
         texts = []
         for name, score in self.scores.items():
             first = self.first_scores[name]
-            texts.append(f"{name} {first:.3f} → {score:.3f}" if score != first else f"{name} {score:.3f}")
+            texts.append(f"{name} {first:.3f}→{score:.3f}" if score != first else f"{name} {score:.3f}")
         return ", ".join(texts)
 
     def _remaining(self, state) -> str:
