@@ -71,14 +71,14 @@ class EvaluationMixin:
                 ]
                 rollout = execute(
                     plan,
-                    self._velocity([row["prompt"] for row in rows]),
+                    self.velocity([row["prompt"] for row in rows]),
                     sigmas,
                     torch.stack(noise).to(self.accelerator.device),
                     [0.0] * plan.num_steps,
                     batch_size=args.rollout_batch_size,
                 )
-                pictures = self._decode(rollout.leaves[:, 0])
-                scores.append(self._calculate_rewards(funcs, names, rows, pictures))
+                pictures = self.decode(rollout.leaves[:, 0])
+                scores.append(self.calculate_rewards(funcs, names, rows, pictures))
                 images |= {n: p for n, p in zip(numbers, pictures, strict=True) if n < args.num_logged_images}
                 self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
         self.model.train()

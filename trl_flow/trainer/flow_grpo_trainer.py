@@ -39,7 +39,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
-from ..calibration import load_noise_table
 from ..credit import assign_credit, combine_rewards, outcome
 from ..hub import create_model_card, save_adapter
 from ..objective import clipped_loss, kl_divergence, step_weights
@@ -50,6 +49,7 @@ from ..rewards import check_rewards, load_reward, reward_name, score
 from ..rollout import Plan, chain_plan, coefficients, execute, log_prob, seeded_noise, transition
 from .evaluation import EvaluationMixin
 from .flow_grpo_config import FlowGRPOConfig
+from .noise_table import load_noise_table
 from .sampler import EpochRepeatSampler
 
 
@@ -282,7 +282,7 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
     def _coefficients(self, step: int) -> tuple[float, float]:
         return coefficients(*self.sigmas[step : step + 2].tolist(), self.noise_levels[step], self.args.sde_type)
 
-    def _velocity(self, prompts: list[str]) -> Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]:
+    def velocity(self, prompts: list[str]) -> Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]:
         """The executor's view of the policy, for a batch of prompts."""
         table = self.policy.conditioning(prompts)
 
@@ -321,7 +321,7 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
             with _timer(times, "rollout"):
                 rollout = execute(
                     plan,
-                    self._velocity(part),
+                    self.velocity(part),
                     self.sigmas,
                     torch.stack(noise).to(device),
                     self.noise_levels,
@@ -331,9 +331,9 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
             self._nfe += rollout.num_evaluations
             nodes.append(torch.stack(list(rollout.nodes.values()), dim=1))
             with _timer(times, "decode"):
-                images = self._decode(rollout.leaves.flatten(0, 1))
+                images = self.decode(rollout.leaves.flatten(0, 1))
             with _timer(times, "reward"):
-                values = self._calculate_rewards(
+                values = self.calculate_rewards(
                     self.reward_funcs,
                     self.reward_names,
                     [row for row in rows[start : start + len(part)] for _ in plan.leaves],
@@ -382,11 +382,25 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
                 micro_batch["old_log_probs"] = self._log_probs(micro_batch)
         return micro_batches
 
-    @torch.no_grad()
-    def _decode(self, latents: torch.Tensor) -> list:
+    def decode(self, latents: torch.Tensor) -> list:
+        """PIL pictures of clean latents `(n, *latent)`."""
         return _to_pil(self.policy.decode(latents, self.args.rollout_batch_size))
 
-    def _calculate_rewards(self, reward_funcs, reward_names, rows: list[dict], images: list) -> torch.Tensor:
+    def check_reward_functions(self):
+        """Calls the reward functions on test pictures, so that one that cannot work is found before any work is spent."""
+        rows = [self.train_dataset[number] for number in range(min(2, len(self.train_dataset)))]
+        height, width = self.policy.image_size
+        check_rewards(
+            self.reward_funcs + self.eval_reward_funcs,
+            self.reward_names + self.eval_reward_names,
+            rows,
+            (width, height),
+            trainer_state=self.state,
+            log_extra=lambda column, values: None,
+            log_metric=lambda name, value: None,
+        )
+
+    def calculate_rewards(self, reward_funcs, reward_names, rows: list[dict], images: list) -> torch.Tensor:
         """Scores of shape `(n, R)`, float64 on the CPU; NaN where there is none."""
         scores, failed = score(
             reward_funcs,
@@ -631,14 +645,7 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True, but {self.args.output_dir} holds no checkpoint.")
         self._check_output_dir(resume_from_checkpoint or None)
-        rows = [self.train_dataset[i] for i in range(min(2, len(self.train_dataset)))]
-        extras = {"trainer_state": self.state, "log_extra": self._log_extra, "log_metric": self._log_metric}
-        size = (self.policy.image_size[1], self.policy.image_size[0])
-        check_rewards(
-            self.reward_funcs + self.eval_reward_funcs, self.reward_names + self.eval_reward_names, rows, size, **extras
-        )
-        self._metrics["train"].clear()
-        self._extra_columns.clear()
+        self.check_reward_functions()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self.eval_dataset is not None and self._last_evaluation() != self.state.global_step:
             self.evaluate()
