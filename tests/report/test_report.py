@@ -1,0 +1,276 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from trl_flow.report import load_history, write_report
+from trl_flow.report.panels import collect_panels
+
+
+STEPS = 9  # denoising steps that are trained
+PROMPTS = ["a red circle", "two <b>green</b> squares & a star", "a blue triangle"]
+
+
+def train_entry(step: int) -> dict:
+    entry = {
+        "step": step,
+        "epoch": step / 10,
+        "loss": 0.0,
+        "grad_norm": 0.3,
+        "learning_rate": 1e-3,
+        "reward": 0.5 + 0.01 * step,
+        "reward_std": 0.2,
+        "rewards/strict/mean": 0.4,
+        "rewards/strict/std": 0.5,
+        "rewards/partial/mean": 0.6,
+        "rewards/partial/std": 0.3,
+        "frac_reward_zero_std": 0.1,
+        "ratio/mean": 1.0,
+        "ratio/min": 0.97,
+        "ratio/max": 1.03,
+        "clip_ratio": 0.05,
+        "kl": 1e-4 * step,
+        "nfe": 7200 * step,
+        "time/rollout": 3.0,
+        "time/decode": 0.3,
+        "time/reward": 0.2,
+        "time/train": 1.5,
+        "time/elapsed": 5.0 * step,
+    }
+    for i in range(STEPS):
+        entry[f"dense_reward/step_{i}"] = 0.01 * i
+        entry[f"dense_reward/positive/step_{i}"] = 0.5
+        entry[f"advantages/std/step_{i}"] = 0.9
+        entry[f"grad_share/step_{i}"] = 1 / STEPS
+    return entry
+
+
+def eval_entry(step: int) -> dict:
+    return {
+        "step": step,
+        "eval_reward": 0.6,
+        "eval_rewards/strict/mean": 0.48 + 0.01 * step,
+        "eval_rewards/strict/std": 0.5,
+        "eval_rewards/partial/mean": 0.74,
+        "eval_rewards/partial/std": 0.25,
+        "eval_num_samples": 512,
+    }
+
+
+def write_run(run_dir: Path, steps: int = 12, size: int = 16) -> Path:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    log = [eval_entry(0)]
+    for step in range(1, steps + 1):
+        log.append(train_entry(step))
+        if step % 4 == 0:
+            log.append(eval_entry(step))
+    log.append({"step": steps, "train_runtime": 70.0, "total_flos": 0})
+    state = {"global_step": steps, "max_steps": steps, "log_history": log}
+    (run_dir / "trainer_state.json").write_text(json.dumps(state))
+    (run_dir / "config.yaml").write_text(
+        yaml.safe_dump({"learning_rate": 1e-3, "hub_token": "secret", "noise_level": [0.7, 0.5], "model": "shapes"})
+    )
+    for step, score in ((0, 0.25), (steps, 0.75)):
+        folder = run_dir / "samples" / f"step_{step:06d}"
+        folder.mkdir(parents=True)
+        for index in range(len(PROMPTS)):
+            Image.new("RGB", (size, size), (step * 10, 60 * index, 90)).save(folder / f"{index:03d}.png")
+        scores = {"strict": [score, None, float("nan")], "partial": [0.5] * len(PROMPTS)}
+        folder.with_suffix(".json").write_text(json.dumps({"prompts": PROMPTS, "scores": scores}))
+    return run_dir
+
+
+class Page(HTMLParser):
+    """Collects what a page loads, its texts and its headings."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.resources, self.ids, self.texts, self.tags = [], [], [], []
+        self.feed(path.read_text())
+        self.text = " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "srcset", "href", "xlink:href", "data", "poster"):
+                self.resources.append(value)
+            if name == "id":
+                self.ids.append(value)
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+class TestWriteReport:
+    def test_page_needs_nothing_else(self, tmp_path):
+        path = write_report(write_run(tmp_path))
+        assert path == tmp_path / "report.html"
+        page = Page(path)
+        assert all(resource.startswith(("data:", "#")) for resource in page.resources)
+        assert "link" not in page.tags
+        assert "script" not in page.tags
+        assert not re.search(r"url\((?!['\"]?#)", path.read_text())
+        assert "@import" not in path.read_text()
+        assert "Settings" in page.text
+        assert not list(tmp_path.glob(".*partial*"))
+
+    def test_references_inside_the_drawings_resolve(self, tmp_path):
+        path = write_report(write_run(tmp_path))
+        page = Page(path)
+        used = {resource[1:] for resource in page.resources if resource.startswith("#")}
+        used |= set(re.findall(r"url\(#([^)]*)\)", path.read_text()))
+        assert used
+        assert used <= set(page.ids)
+        assert len(page.ids) == len(set(page.ids))
+
+    def test_shows_what_was_logged(self, tmp_path):
+        page = Page(write_report(write_run(tmp_path)))
+        for text in (
+            "12 updates in 1 min 00 s",
+            "0.480 → 0.600",  # strict: 0.48 + 0.01 * 12
+            "± 0.043",  # 1.96 * 0.5 / sqrt(512)
+            "86.4 k",  # 12 * 7200 evaluations
+            "Training reward",
+            "Held-out scores",
+            "Dense reward per denoising step",
+            "Share of steps that improve the picture",
+            "Gradient share per denoising step",
+            "Importance ratio",
+            "Clipped share",
+            "Distance from the base model (KL)",
+            "Groups without signal",
+            "Where the time goes",
+            "noise_level",
+            "[0.7, 0.5]",
+        ):
+            assert text in page.text, text
+
+    def test_texts_are_escaped_and_secrets_left_out(self, tmp_path):
+        path = write_report(write_run(tmp_path))
+        assert "<b>green</b>" not in path.read_text()
+        assert "two <b>green</b> squares & a star" in Page(path).text
+        assert "secret" not in path.read_text()
+
+    def test_pictures_are_pairs_by_index(self, tmp_path):
+        run_dir = write_run(tmp_path)
+        (run_dir / "samples" / "step_000000" / "001.png").unlink()
+        path = write_report(run_dir)
+        page = Page(path)
+        assert path.read_text().count("data:image/png") == 4, "two pairs are complete"
+        assert PROMPTS[0] in page.text
+        assert PROMPTS[1] not in page.text
+        assert PROMPTS[2] in page.text
+        with Image.open(run_dir / "before_after.png") as image:
+            assert image.width == 10 + 2 * (160 + 10)
+
+    def test_large_pictures_are_reduced(self, tmp_path):
+        path = write_report(write_run(tmp_path, size=1024))
+        assert "data:image/jpeg" in path.read_text()
+        assert path.stat().st_size < 1_000_000
+
+    def test_during_a_run(self, tmp_path):
+        """Before anything is on disk, after the first evaluation, after the first update."""
+        for log in ([eval_entry(0)], [eval_entry(0), train_entry(1)], [train_entry(1)]):
+            page = Page(write_report(tmp_path, log_history=log))
+            assert "Numbers" in page.text
+        assert (tmp_path / "curves.png").is_file()
+        assert not (tmp_path / "before_after.png").exists()
+
+    def test_progress_of_an_unfinished_run(self, tmp_path):
+        (tmp_path / "config.yaml").write_text("max_steps: 50\n")
+        assert "3 of 50 updates" in Page(write_report(tmp_path, log_history=[train_entry(3)])).text
+
+    @pytest.mark.parametrize(
+        "missing",
+        [
+            r"reward|eval_reward",
+            r"eval_num_samples|reward_std",
+            r"eval_rewards/.*/std|ratio/min|time/elapsed",
+            r"eval_rewards/.*/mean|ratio/mean|time/decode",
+            r"eval_.*|ratio/max|nfe",
+            r".*step_3|rewards/.*/mean|time/.*",
+            r"(?!eval_).*",
+        ],
+    )
+    def test_any_key_may_be_missing(self, tmp_path, missing):
+        log = [eval_entry(0), train_entry(1), train_entry(2), eval_entry(2)]
+        kept = [{k: v for k, v in entry.items() if k == "step" or not re.fullmatch(missing, k)} for entry in log]
+        assert kept != log
+        write_report(tmp_path, log_history=kept)
+
+    def test_any_key_may_be_the_only_one(self, tmp_path):
+        for key in train_entry(1).keys() - {"step"}:
+            for value in (0.5, float("nan"), None, "text"):
+                panels = collect_panels(load_history(tmp_path, [{"step": 1, key: value}]))
+                assert value == 0.5 or not panels, key
+
+    def test_values_that_are_not_numbers(self, tmp_path):
+        log = [train_entry(1), {key: float("nan") if key != "step" else 2 for key in train_entry(2)}]
+        log += [{"step": 3, "reward": None, "eval_reward": "x"}, train_entry(4)]
+        write_report(tmp_path, log_history=log)
+
+    def test_damaged_side_files(self, tmp_path):
+        run_dir = write_run(tmp_path)
+        (run_dir / "config.yaml").write_text("a: [1\n")
+        (run_dir / "samples" / "step_000012.json").write_text("{")
+        (run_dir / "samples" / "step_000099").mkdir()
+        write_report(run_dir)
+
+    def test_no_log(self, tmp_path):
+        with pytest.raises(ValueError, match="holds no training log"):
+            write_report(tmp_path)
+        (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": []}))
+        with pytest.raises(ValueError, match="holds no training log"):
+            write_report(tmp_path)
+        with pytest.raises(FileNotFoundError, match="not a directory"):
+            write_report(tmp_path / "nowhere")
+
+
+class TestLoadHistory:
+    def test_newest_state_wins(self, tmp_path):
+        for folder, step in (("checkpoint-9", 9), ("checkpoint-10", 10), (".", 4)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            state = {"global_step": step, "log_history": [train_entry(i) for i in range(1, step + 1)]}
+            (tmp_path / folder / "trainer_state.json").write_text(json.dumps(state))
+        assert len(load_history(tmp_path).train) == 10
+
+    def test_steps_logged_twice_count_once(self, tmp_path):
+        log = [train_entry(1), train_entry(2), {"step": 2, "reward": 7.0}, {"step": 2, "eval_reward": 1.0}]
+        history = load_history(tmp_path, log)
+        assert history.series("reward") == ([1.0, 2.0], [0.51, 7.0])
+        assert history.series("eval_reward", "eval") == ([2.0], [1.0])
+
+    def test_steps_table(self, tmp_path):
+        log = [{"step": 1, "a/step_10": 3.0, "a/step_2": 1.0}, {"step": 2, "reward": 1}, {"step": 3, "a/step_2": 2.0}]
+        indices, rows = load_history(tmp_path, log).steps_table("a")
+        assert indices == [2, 10]
+        assert rows[0] == [1.0, 3.0]
+        assert rows[1][0] == 2.0
+        assert rows[1][1] != rows[1][1]
+
+    def test_scores_of_different_size_get_panels_of_their_own(self, tmp_path):
+        def log(second):
+            return [{"step": 1, "eval_rewards/clip/mean": 0.3, "eval_rewards/other/mean": second}]
+
+        titles = [panel.title for panel in collect_panels(load_history(tmp_path, log(0.5)))]
+        assert titles == ["Held-out scores"]
+        titles = [panel.title for panel in collect_panels(load_history(tmp_path, log(5.6)))]
+        assert titles == ["Held-out score: clip", "Held-out score: other"]
