@@ -39,7 +39,7 @@ def score(
     images: list[Image.Image],
     columns: dict[str, list] | None = None,
     **extras,
-) -> tuple[torch.Tensor, dict[str, int]]:
+) -> tuple[torch.Tensor, dict[str, list[Exception]]]:
     """
     Scores of every picture by every reward function.
 
@@ -53,16 +53,14 @@ def score(
         extras: Further keyword arguments, passed on as they are (`trainer_state`, `log_extra`, `log_metric`).
 
     Returns:
-        `tuple[torch.Tensor, dict[str, int]]`: Scores of shape `(n, R)`, float64 with NaN where there is none, and how
-        many samples each function raised for.
+        `tuple[torch.Tensor, dict[str, list[Exception]]]`: Scores of shape `(n, R)`, float64 with NaN where there is
+        none, and what each function raised, one exception per sample that it cost.
 
     Raises:
         ValueError: If a function returns another number of scores, or something that is not a number.
-        NothingToLearnError: If no function has a score for any picture.
     """
     columns = columns or {}
-    failed = dict.fromkeys(reward_names, 0)
-    errors = {}
+    errors = {name: [] for name in reward_names}
 
     def arguments(start: int, stop: int) -> dict:
         part = images[start:stop]
@@ -74,16 +72,12 @@ def score(
             **extras,
         }
 
-    def note_failure(name: str, error: Exception):
-        failed[name] += 1
-        errors.setdefault(name, error)
-
     def call(function: Callable, name: str, start: int, stop: int) -> list[float]:
         try:
             result = function(**arguments(start, stop))
         except Exception as error:  # a reward is the user's code: anything may come out of it
             if stop - start == 1:
-                note_failure(name, error)
+                errors[name].append(error)
                 return [math.nan]
             middle = (start + stop) // 2
             return call(function, name, start, middle) + call(function, name, middle, stop)
@@ -94,7 +88,7 @@ def score(
             result = await function(**arguments(start, stop))
         except Exception as error:
             if stop - start == 1:
-                note_failure(name, error)
+                errors[name].append(error)
                 return [math.nan]
             middle = (start + stop) // 2
             halves = (call_async(function, name, start, middle), call_async(function, name, middle, stop))
@@ -117,18 +111,13 @@ def score(
             for i, result in zip(asynchronous, executor.submit(asyncio.run, call_all()).result(), strict=True):
                 scores[:, i] = torch.tensor(result, dtype=torch.float64)
 
-    for name, error in errors.items():
-        logger.warning(
-            f"Reward {name!r} raised for {failed[name]} of {n} samples, which are left out. The first error was "
-            f"{type(error).__name__}: {error}"
-        )
-    if scores.isnan().all():
-        first = next(iter(errors.values()), None)
-        raise NothingToLearnError(
-            f"None of the reward functions ({', '.join(reward_names)}) has a score for any of {n} samples: there is "
-            "nothing to learn from."
-        ) from first
-    return scores, failed
+    for name, raised in errors.items():
+        if raised:
+            logger.warning(
+                f"Reward {name!r} raised for {len(raised)} of {n} samples, which are left out. The first error was "
+                f"{type(raised[0]).__name__}: {raised[0]}"
+            )
+    return scores, errors
 
 
 def check_rewards(
@@ -147,13 +136,13 @@ def check_rewards(
     """
     images = [Image.new("RGB", image_size, (128, 128, 128)) for _ in rows]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    try:
-        scores, _ = score(reward_funcs, reward_names, [row["prompt"] for row in rows], images, columns, **extras)
-    except NothingToLearnError as error:
-        cause = f" {type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else ""
+    scores, errors = score(reward_funcs, reward_names, [row["prompt"] for row in rows], images, columns, **extras)
+    if scores.isnan().all():
+        raised = next((raised[0] for raised in errors.values() if raised), None)
+        cause = f" {type(raised).__name__}: {raised}" if raised else ""
         raise ValueError(
             f"On {len(rows)} grey test pictures no reward function ({', '.join(reward_names)}) returned a score.{cause}"
-        ) from error
+        ) from raised
     for name, column in zip(reward_names, scores.unbind(1), strict=True):
         if column.isnan().all():
             logger.warning(f"Reward {name!r} has no score for any of {len(rows)} grey test pictures.")

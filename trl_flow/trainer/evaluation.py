@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from ..credit import combine_rewards
 from ..rollout import Plan, execute, seeded_noise
 
 
@@ -92,9 +93,9 @@ class EvaluationMixin:
         self._save_samples(dataset, names, scores, images)
 
         self._metrics["eval"].clear()
-        trained = (scores[:, : len(self.reward_funcs)].nan_to_num() * self.reward_weights).sum(1)
+        trained = combine_rewards(scores[:, None, : len(self.reward_funcs)], self.reward_weights)[:, 0]
         metrics = {
-            f"{metric_key_prefix}_reward": trained.mean().item(),
+            f"{metric_key_prefix}_reward": trained.nanmean().item(),
             f"{metric_key_prefix}_num_samples": len(dataset),
         }
         for name, column in zip(names, scores.unbind(1), strict=True):

@@ -45,7 +45,7 @@ from ..objective import clipped_loss, kl_divergence, step_weights
 from ..policy import FlowPolicy, load_pipeline
 from ..prompts import PROMPT_SETS, load_prompts
 from ..report import ProgressLine, write_report
-from ..rewards import check_rewards, load_reward, reward_name, score
+from ..rewards import NothingToLearnError, check_rewards, load_reward, reward_name, score
 from ..rollout import Plan, chain_plan, coefficients, execute, log_prob, seeded_noise, transition
 from .evaluation import EvaluationMixin
 from .flow_grpo_config import FlowGRPOConfig
@@ -190,6 +190,7 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
         self._step_weights = dict(zip(self.sde_steps, step_weights(args.step_weighting, stds), strict=True))
 
         self._extra_columns = defaultdict(list)
+        self._last_reward_error = None
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._step = 0
         self._buffered_inputs = None
@@ -206,6 +207,11 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs are visible to one process. Start one process per GPU, with `accelerate launch` "
+                "or --accelerate_config multi_gpu, or show it one GPU with CUDA_VISIBLE_DEVICES."
+            )
         self.model_accepts_loss_kwargs = False
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -341,6 +347,12 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
                 )
             scores.append(values.unflatten(0, (len(part), len(plan.leaves))))
         rewards = torch.cat(scores)  # (B, L, R)
+        if rewards.isnan().all():
+            raise NothingToLearnError(
+                f"None of the reward functions ({', '.join(self.reward_names)}) has a score for any of the "
+                f"{rewards.shape[0] * rewards.shape[1]} pictures of step {self.state.global_step}: there is nothing to "
+                "learn from."
+            ) from self._last_reward_error
 
         leaf_position = {node: position for position, node in enumerate(plan.leaves)}
         edges = [plan.transitions[step] for step in plan.steps]
@@ -402,7 +414,7 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
 
     def calculate_rewards(self, reward_funcs, reward_names, rows: list[dict], images: list) -> torch.Tensor:
         """Scores of shape `(n, R)`, float64 on the CPU; NaN where there is none."""
-        scores, failed = score(
+        scores, errors = score(
             reward_funcs,
             reward_names,
             [row["prompt"] for row in rows],
@@ -413,8 +425,10 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
             log_metric=self._log_metric,
         )
         mode = "train" if self.model.training else "eval"
-        for name, count in failed.items():
-            self._metrics[mode][f"rewards/{name}/failed"].append(count / len(images))
+        for name, raised in errors.items():
+            self._metrics[mode][f"rewards/{name}/failed"].append(len(raised) / len(images))
+            if raised:
+                self._last_reward_error = raised[0]
         return scores
 
     def _log_extra(self, column: str, values: list):
