@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import yaml
+from tqdm import tqdm
 
 from .parser import FlowParser
+from .quiet import quieten
 
 
 if TYPE_CHECKING:
@@ -225,7 +227,7 @@ def load_prompt_list(args: GenerateArguments) -> list[str]:
 
 
 def generate(
-    pipeline: "DiffusionPipeline", prompts: list[str], count: int, seed: int, sampling: dict
+    pipeline: "DiffusionPipeline", prompts: list[str], count: int, seed: int, sampling: dict, description: str
 ) -> list[list["Image"]]:
     """`count` pictures for each prompt; the noise depends on the seed and the picture's number alone."""
     import torch
@@ -233,7 +235,8 @@ def generate(
     if "negative_prompt" in sampling:
         sampling = {**sampling, "negative_prompt": [sampling["negative_prompt"]] * count}
     pictures = []
-    for prompt in prompts:
+    pipeline.set_progress_bar_config(disable=True)
+    for prompt in tqdm(prompts, desc=description, disable=None):
         # On the CPU, so that a picture is the same whatever it was made on.
         generators = [torch.Generator("cpu").manual_seed(seed + number) for number in range(count)]
         output = pipeline(prompt=[prompt] * count, generator=generators, output_type="pil", **sampling)
@@ -293,18 +296,19 @@ def main(args: GenerateArguments):
 
     from ..policy import load_pipeline
 
+    quieten(progress_bars=model != "shapes")
     dtype = getattr(torch, args.dtype or config.get("dtype") or "float32")
-    pipeline = load_pipeline(model, torch_dtype=dtype, revision=args.model_revision or config.get("model_revision"))
+    pipeline = load_pipeline(model, dtype=dtype, revision=args.model_revision or config.get("model_revision"))
     pipeline.to(args.device or _default_device())
     sampling = sampling_arguments(pipeline, args, config)
 
     count = args.num_images_per_prompt
-    base_pictures = generate(pipeline, prompts, count, args.seed, sampling) if args.compare else None
+    base_pictures = generate(pipeline, prompts, count, args.seed, sampling, "base") if args.compare else None
     if args.adapter is not None:
         from ..hub import load_adapter
 
         load_adapter(pipeline, args.adapter, revision=args.adapter_revision)
-    pictures = generate(pipeline, prompts, count, args.seed, sampling)
+    pictures = generate(pipeline, prompts, count, args.seed, sampling, "adapter" if args.adapter else "base")
 
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ class MakeShapesArguments:
     num_pictures: int = field(default=24_576, metadata={"help": "Number of rendered pictures to train on."})
     vae_steps: int = field(default=1500, metadata={"help": "Updates of the VAE, on 64 pictures each."})
     steps: int = field(
-        default=6000, metadata={"help": "Largest number of updates of the transformer, on 256 pictures each."}
+        default=8000, metadata={"help": "Largest number of updates of the transformer, on 128 pictures each."}
     )
     stop_at: float = field(
         default=0.45,

@@ -29,6 +29,7 @@ from rich.table import Table
 from .. import __version__
 from .arguments import FlowScriptArguments
 from .parser import FlowParser
+from .quiet import quieten
 
 
 TRAINING_SETTINGS = {
@@ -193,6 +194,7 @@ def run_training(trainer_class: type, command: str, script_args: FlowScriptArgum
         training_args ([`FlowGRPOConfig`]):
             Config of the method.
     """
+    quieten(progress_bars=script_args.model_name_or_path != "shapes")
     resume = training_args.resume_from_checkpoint
     resume = {"true": True, "false": None, "none": None, "": None}.get(str(resume).lower(), resume)
     if training_args.process_index == 0 and resume is None:
@@ -255,7 +257,7 @@ def model_init_kwargs(script_args: FlowScriptArguments, training_args: Any) -> d
     """Keyword arguments for loading the pipeline; those in the config win, as in TRL's scripts."""
     import torch
 
-    loading = {"torch_dtype": getattr(torch, script_args.dtype)}
+    loading = {"dtype": getattr(torch, script_args.dtype)}
     if script_args.model_revision is not None:
         loading["revision"] = script_args.model_revision
     if script_args.trust_remote_code:
@@ -287,7 +289,8 @@ def print_scores(trainer) -> None:
         label = name if name in trainer.reward_names else f"{name} (not trained on)"
         table.add_row(label, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
     if table.row_count:
-        Console().print("\n", table, sep="")
+        Console().print()
+        Console().print(table)
 
 
 def generate_command(trainer, script_args: FlowScriptArguments) -> str:
