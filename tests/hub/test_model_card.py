@@ -113,6 +113,12 @@ class TestCreateModelCard:
         assert 'load_adapter(pipe, "user/adapter", component="transformer")' in text
         assert "pipe.load_lora_weights" not in text
 
+    def test_the_formats_that_were_saved_decide(self, tmp_path):
+        (tmp_path / "adapter_model.safetensors").touch()
+        assert "pipe.load_lora_weights" not in make_card(tmp_path).text
+        (tmp_path / "pytorch_lora_weights.safetensors").touch()
+        assert "pipe.load_lora_weights" in make_card(tmp_path).text
+
     def test_settings_without_secrets_and_paths(self, tmp_path):
         text = make_card(tmp_path).text
         settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
@@ -125,14 +131,16 @@ class TestCreateModelCard:
         base.mkdir(parents=True)
         (base / "README.md").write_text("---\nlicense: other\nlicense_name: shape-licence\n---\n")
         card = make_card(
-            tmp_path / "run", base_model=str(base), license=None, load_expression="trl_flow.shapes.PIPELINE_PATH"
+            tmp_path / "run",
+            base_model=str(base),
+            license=None,
+            load_expression="trl_flow.policy.load_pipeline('shapes')",
         )
         assert card.data.base_model is None
         assert card.data.get("base_model_relation") is None
         assert (card.data.license, card.data.license_name) == ("other", "shape-licence")
         assert "somewhere" not in card.content
-        assert "from_pretrained(trl_flow.shapes.PIPELINE_PATH)" in card.text
-        assert "import trl_flow.shapes" in card.text
+        assert "import trl_flow.policy\n\npipe = trl_flow.policy.load_pipeline('shapes')\npipe.load" in card.text
 
     def test_pictures_of_the_report(self, tmp_path):
         assert ".png)" not in make_card(tmp_path).text

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -30,12 +31,13 @@ from pathlib import Path
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from transformers.utils import logging
 
 from ..report.history import public_settings
 from ..report.text import format_change, format_duration, format_number
-from .adapter import HUB_ID
+from .adapter import DIFFUSERS_WEIGHTS_NAME, HUB_ID
 
 
 logger = logging.get_logger(__name__)
@@ -70,7 +72,7 @@ def create_model_card(
     seconds: float | None = None,
     nfe: int | None = None,
     hardware: str | None = None,
-    diffusers_format: bool = True,
+    diffusers_format: bool | None = None,
 ) -> Path:
     """
     Write `README.md`, the model card of the adapter in `output_dir`.
@@ -116,15 +118,17 @@ def create_model_card(
         prompts (`Sequence[str]`, *optional*):
             Example prompts; the first one is used in the usage example. Defaults to those of the sample pictures.
         load_expression (`str`, *optional*):
-            Python expression that stands for the base model in the usage example, for a model that has no Hub id.
+            Python expression that gives the base pipeline in the usage example, for a model that has no Hub id, e.g.
+            `"trl_flow.policy.load_pipeline('shapes')"`; the module that it names is imported.
         license (`str`, *optional*):
             Licence id. Defaults to the base model's, when its card can be read.
         pipeline_tag (`str`, *optional*, defaults to `"text-to-image"`):
             Task of the pipeline on the Hub.
         steps, seconds, nfe, hardware (*optional*):
             Updates, seconds of training, velocities evaluated, and what it ran on (found by itself).
-        diffusers_format (`bool`, *optional*, defaults to `True`):
-            Whether `load_lora_weights` can load the adapter ([`~trl_flow.hub.supports_diffusers_format`]).
+        diffusers_format (`bool`, *optional*):
+            Whether `load_lora_weights` can load the adapter ([`~trl_flow.hub.supports_diffusers_format`]). Defaults to
+            what [`~trl_flow.hub.save_adapter`] has written to the directory.
 
     Returns:
         `Path`: the file written.
@@ -137,6 +141,10 @@ def create_model_card(
     base_is_hub_id = bool(HUB_ID.fullmatch(base_model)) and not os.path.isdir(base_model)
     model_name = model_name or (hub_model_id or str(output_dir.resolve())).rstrip("/").split("/")[-1]
     base_name = base_model if base_is_hub_id else Path(base_model).name
+
+    if diffusers_format is None:
+        peft_alone = (output_dir / SAFETENSORS_WEIGHTS_NAME).is_file()
+        diffusers_format = (output_dir / DIFFUSERS_WEIGHTS_NAME).is_file() or not peft_alone
 
     metrics = metrics or {}
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
@@ -194,7 +202,8 @@ def create_model_card(
         pipeline_class_name=pipeline_class_name,
         has_gallery=bool(widget),
         snippet=_snippet(
-            load_expression or json.dumps(base_model if base_is_hub_id else base_name),
+            load_expression
+            or f"DiffusionPipeline.from_pretrained({json.dumps(base_model if base_is_hub_id else base_name)})",
             hub_model_id or ("path/to/" + model_name),
             prompts[0],
             dict(call_arguments or {}),
@@ -322,7 +331,7 @@ def _base_license(base_model: str) -> dict[str, str]:
 
 
 def _snippet(
-    base: str,
+    load_expression: str,
     adapter: str,
     prompt: str,
     call_arguments: dict,
@@ -330,12 +339,14 @@ def _snippet(
     diffusers_format: bool,
     pipeline_tag: str,
 ) -> str:
-    lines = ["import torch", "from diffusers import DiffusionPipeline"]
-    if base.startswith("trl_flow."):
-        lines.append("import trl_flow." + base.split(".")[1])
+    lines = ["import torch"]
+    if "DiffusionPipeline" in load_expression:
+        lines.append("from diffusers import DiffusionPipeline")
+    if module := re.match(r"(trl_flow(?:\.[a-z_]+)*)\.\w+", load_expression):
+        lines.append(f"import {module[1]}")
     if not diffusers_format:
         lines.append("from trl_flow.hub import load_adapter")
-    lines += ["", f"pipe = DiffusionPipeline.from_pretrained({base})"]
+    lines += ["", f"pipe = {load_expression}"]
     lines.append(
         f"pipe.load_lora_weights({json.dumps(adapter)})"
         if diffusers_format

@@ -174,7 +174,7 @@ def public_settings(config: Mapping) -> dict:
     return {
         name: value
         for name, value in plain.items()
-        if value is not None and name != "token" and not name.endswith(private)
+        if value not in (None, "", [], {}) and name != "token" and not name.endswith(private)
     }
 
 
