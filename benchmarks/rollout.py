@@ -84,7 +84,9 @@ def main():
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = FlowPolicy(load_pipeline(args.model).to(device), max_sequence_length=1 if args.model == "shapes" else None)
+    policy = FlowPolicy(
+        load_pipeline(args.model).to(device), max_sequence_length=1 if args.model == "shapes" else None
+    )
     table = policy.conditioning([args.prompt])
 
     @torch.no_grad()

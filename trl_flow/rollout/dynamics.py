@@ -57,9 +57,7 @@ def diffusion_coefficient(sigma: float, sigma_next: float, noise_level: float, d
     raise ValueError(f"dynamics={dynamics!r} is unknown: expected one of {', '.join(DYNAMICS)}.")
 
 
-def coefficients(
-    sigma: float, sigma_next: float, noise_level: float, dynamics: str = "flow"
-) -> tuple[float, float]:
+def coefficients(sigma: float, sigma_next: float, noise_level: float, dynamics: str = "flow") -> tuple[float, float]:
     """
     Coefficient c of the noise estimate and standard deviation tau of one stochastic step, in float64.
 

@@ -196,7 +196,9 @@ def dense_plan(
     plan = Plan(num_steps)
     for nodes in _chains(plan, num_generations, sde_steps, same_initial_noise):
         tails = {
-            index: plan.tail(nodes[index], tail_waypoints(index, num_steps, tail_steps)) if index < num_steps else nodes[-1]
+            index: plan.tail(nodes[index], tail_waypoints(index, num_steps, tail_steps))
+            if index < num_steps
+            else nodes[-1]
             for index in sorted({index for step in sde_steps for index in (step, step + 1)})
         }
         for step in sorted(sde_steps):

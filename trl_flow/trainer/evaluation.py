@@ -57,7 +57,10 @@ class EvaluationMixin:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("evaluate() needs an eval_dataset: give one to it or to the trainer.")
-        plan, sigmas = deterministic_plan(args.num_eval_inference_steps), self.policy.sigmas(args.num_eval_inference_steps)
+        plan, sigmas = (
+            deterministic_plan(args.num_eval_inference_steps),
+            self.policy.sigmas(args.num_eval_inference_steps),
+        )
         funcs, names = self.reward_funcs + self.eval_reward_funcs, self.reward_names + self.eval_reward_names
         mine = range(args.process_index, len(dataset), args.world_size)
         scores, images = [], {}

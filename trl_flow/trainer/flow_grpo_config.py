@@ -207,9 +207,7 @@ class FlowGRPOConfig(_BaseConfig):
         default="group",
         metadata={"help": "Whose standard deviation divides.", "choices": ["group", "batch", "none"]},
     )
-    advantage_clip: float = field(
-        default=5.0, metadata={"help": "Advantages are clamped to this absolute value."}
-    )
+    advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clamped to this absolute value."})
 
     # Training
     num_iterations: int = field(default=1, metadata={"help": "Number of passes over each rollout."})
@@ -227,14 +225,10 @@ class FlowGRPOConfig(_BaseConfig):
             "small value."
         },
     )
-    epsilon_high: float | None = field(
-        default=None, metadata={"help": "Upper clip range. Defaults to `epsilon`."}
-    )
+    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range. Defaults to `epsilon`."})
     beta: float = field(
         default=0.04,
-        metadata={
-            "help": "Weight of the KL divergence from the base model. 0 saves the reference's evaluations."
-        },
+        metadata={"help": "Weight of the KL divergence from the base model. 0 saves the reference's evaluations."},
     )
     kl_type: str = field(
         default="mean",
@@ -261,9 +255,7 @@ class FlowGRPOConfig(_BaseConfig):
             "help": "Decay of the moving average of the adapter that is evaluated and saved. 0 switches it off."
         },
     )
-    ema_update_after: int = field(
-        default=0, metadata={"help": "Number of updates before averaging begins."}
-    )
+    ema_update_after: int = field(default=0, metadata={"help": "Number of updates before averaging begins."})
 
     # Logging
     num_logged_images: int = field(
@@ -358,9 +350,7 @@ class FlowGRPOConfig(_BaseConfig):
         if isinstance(config, cls):
             return config
         if type(config) is not FlowGRPOConfig:
-            raise ValueError(
-                f"args is a {type(config).__name__}: expected a {cls.__name__} or a FlowGRPOConfig."
-            )
+            raise ValueError(f"args is a {type(config).__name__}: expected a {cls.__name__} or a FlowGRPOConfig.")
         # A copy without __init__: TrainingArguments' derived state (devices, distributed set-up) is kept as it is.
         converted = copy.copy(config)
         converted.__class__ = cls

@@ -14,25 +14,20 @@
 
 """Flow-GRPO, and the training loop of every method: a method overrides `plan()`, `credit()` and little else."""
 
-import json
 import math
-import os
 import textwrap
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
-from peft import PeftConfig, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftConfig
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -40,27 +35,24 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..credit import assign_credit, combine_rewards, outcome
-from ..hub import create_model_card, save_adapter
 from ..objective import clipped_loss, kl_divergence, step_weights
 from ..policy import FlowPolicy, load_pipeline
-from ..prompts import PROMPT_SETS, load_prompts
 from ..report import ProgressLine, write_report
-from ..rewards import NothingToLearnError, check_rewards, load_reward, reward_name, score
+from ..rewards import NothingToLearnError, check_rewards, score
 from ..rollout import Plan, chain_plan, coefficients, execute, log_prob, seeded_noise, transition
+from .arguments import check_dataset, load_rewards, own_prompts
 from .evaluation import EvaluationMixin
 from .flow_grpo_config import FlowGRPOConfig
 from .noise_table import load_noise_table
 from .sampler import EpochRepeatSampler
+from .saving import SavingMixin
+from .transitions import select_transitions, transition_chunks
 
-
-logger = get_logger(__name__)
 
 RewardFunc = str | Callable[..., list[float | None]]
 
-RUN_FILE = "run.json"
 
-
-class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
+class FlowGRPOTrainer(EvaluationMixin, SavingMixin, _BaseTrainer):
     """
     Trainer for Flow-GRPO, of the paper [Flow-GRPO: Training Flow Matching Models via Online
     RL](https://huggingface.co/papers/2505.05470).
@@ -133,8 +125,8 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
         self.args = args = self._config_class.from_config(args)
 
         # Rewards
-        self.reward_names, self.reward_funcs = _load_rewards(reward_funcs, "reward_funcs")
-        self.eval_reward_names, self.eval_reward_funcs = _load_rewards(eval_reward_funcs or [], "eval_reward_funcs")
+        self.reward_names, self.reward_funcs = load_rewards(reward_funcs, "reward_funcs")
+        self.eval_reward_names, self.eval_reward_funcs = load_rewards(eval_reward_funcs or [], "eval_reward_funcs")
         weights = [1.0] * len(self.reward_funcs) if args.reward_weights is None else args.reward_weights
         if len(weights) != len(self.reward_funcs):
             raise ValueError(
@@ -145,12 +137,12 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
 
         # Prompts
         if train_dataset is None:
-            train_dataset = _own_prompts(self.reward_funcs[0], self.reward_names[0])
-        _check_dataset(train_dataset, "train_dataset")
+            train_dataset = own_prompts(self.reward_funcs[0], self.reward_names[0])
+        check_dataset(train_dataset, "train_dataset")
         if eval_dataset is None:
             args.eval_on_start = False
         else:
-            _check_dataset(eval_dataset, "eval_dataset")
+            check_dataset(eval_dataset, "eval_dataset")
 
         # Method
         self.sde_steps = sorted(args.sde_steps) if args.sde_steps is not None else self.default_sde_steps()
@@ -384,7 +376,7 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
         parts = torch.arange(len(plan.steps)).chunk(self.updates_per_pass)
         size = args.per_device_train_batch_size
         micro_batches = [
-            _select(everything, range(start, start + size), part)
+            select_transitions(everything, range(start, start + size), part)
             for part in parts
             for start in range(0, len(prompts), size)
         ]
@@ -559,46 +551,10 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
         self._log_update(logged, norms)
         return loss_sum
 
-    def _chunks(self, inputs: dict) -> Iterator["_Chunk"]:
-        """
-        Transitions of a micro-batch, step by step, in chunks of at most `transition_batch_size` distinct parents.
-
-        Siblings share their parent's row: its velocity is evaluated once for all of them, and the gradient is that of
-        each sibling by itself, because the mean of a step depends on the policy through the velocity alone.
-        """
-        num_prompts = len(inputs["prompts"])
-        device = inputs["nodes"].device
-        sigmas = self.sigmas.tolist()
-        conditioning = None
-        anything = False
-        for s, step in enumerate(inputs["steps"].tolist()):
-            parents, of_member = inputs["parents"][s].unique(return_inverse=True)
-            # With no KL term, a parent whose children all have advantage 0 has no gradient: it is not evaluated.
-            useful = (inputs["advantages"][:, s] != 0).cpu() if self.args.beta == 0 else None
-            rows = [
-                (b, u)
-                for b in range(num_prompts)
-                for u in range(len(parents))
-                if useful is None or useful[b, of_member == u].any()
-            ]
-            if not rows and not anything and s == len(inputs["steps"]) - 1:
-                rows = [(0, 0)]  # every process takes part in the update, be it with a gradient of zero
-            anything = anything or bool(rows)
-            conditioning = conditioning or self.policy.conditioning(inputs["prompts"])
-            for start in range(0, len(rows), self.args.transition_batch_size):
-                b, u = torch.tensor(rows[start : start + self.args.transition_batch_size]).unbind(1)
-                row, member = (of_member[None] == u[:, None]).nonzero(as_tuple=True)
-                b_device = b.to(device)
-                yield _Chunk(
-                    step=step,
-                    sigma=sigmas[step],
-                    sigma_next=sigmas[step + 1],
-                    latents=inputs["nodes"][b_device, parents[u].to(device)],
-                    next_latents=inputs["nodes"][b[row].to(device), inputs["children"][s][member].to(device)],
-                    conditioning={name: value[b_device] for name, value in conditioning.items()},
-                    row=row.to(device),
-                    members=(b[row].to(device), torch.full_like(row, s).to(device), member.to(device)),
-                )
+    def _chunks(self, inputs: dict):
+        return transition_chunks(
+            inputs, self.sigmas, self.policy.conditioning, self.args.transition_batch_size, self.args.beta == 0
+        )
 
     @torch.no_grad()
     def _log_probs(self, inputs: dict) -> torch.Tensor:
@@ -608,7 +564,12 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
             with self.compute_loss_context_manager():
                 velocity = self.model(chunk.latents, chunk.sigma, chunk.conditioning)
             mean, std = transition(
-                chunk.latents, velocity, chunk.sigma, chunk.sigma_next, self.noise_levels[chunk.step], self.args.sde_type
+                chunk.latents,
+                velocity,
+                chunk.sigma,
+                chunk.sigma_next,
+                self.noise_levels[chunk.step],
+                self.args.sde_type,
             )
             result[chunk.members] = log_prob(chunk.next_latents, mean[chunk.row], std)
             self._nfe += len(chunk.latents)
@@ -658,180 +619,15 @@ class FlowGRPOTrainer(EvaluationMixin, _BaseTrainer):
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True, but {self.args.output_dir} holds no checkpoint.")
-        self._check_output_dir(resume_from_checkpoint or None)
+        self.check_output_dir(resume_from_checkpoint or None)
         self.check_reward_functions()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        if self.eval_dataset is not None and self._last_evaluation() != self.state.global_step:
+        if self.eval_dataset is not None and self.last_evaluation() != self.state.global_step:
             self.evaluate()
         self.save_state()
         if self.is_world_process_zero() and self.state.log_history:
             write_report(self.args.output_dir)
         return result
-
-    def _last_evaluation(self) -> int | None:
-        return next((entry["step"] for entry in reversed(self.state.log_history) if "eval_reward" in entry), None)
-
-    def _check_output_dir(self, checkpoint: str | None):
-        run = {
-            "method": self._name,
-            "base_model": self.base_model,
-            "rewards": self.reward_names,
-            "eval_rewards": self.eval_reward_names,
-        }
-        file = Path(self.args.output_dir) / RUN_FILE
-        if checkpoint is not None:
-            state = Path(checkpoint) / f"rollout_state_{self.args.process_index}.pt"
-            if not state.is_file():
-                raise ValueError(
-                    f"resume_from_checkpoint={checkpoint}: it holds no {state.name}, so it is not a checkpoint of this "
-                    "library (or was made with fewer processes)."
-                )
-            method = torch.load(state, weights_only=True, map_location="cpu")["method"]
-            if method != self._name:
-                raise ValueError(
-                    f"resume_from_checkpoint={checkpoint} is a checkpoint of {method}, but this trainer is "
-                    f"{self._name}. Resume it with its own trainer."
-                )
-        elif file.is_file():
-            raise ValueError(
-                f"output_dir={self.args.output_dir} holds another run ({json.loads(file.read_text())['method']}). "
-                "Choose another directory, or go on with that run: train(resume_from_checkpoint=True)."
-            )
-        if self.is_world_process_zero():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(run, indent=2) + "\n")
-
-    @contextmanager
-    def averaged_weights(self):
-        """The policy with the moving average of its weights, where one is kept."""
-        if self._ema is None or self._ema.optimization_step == 0:
-            yield
-            return
-        parameters = self._trainable
-        self._ema.store(parameters)
-        self._ema.copy_to(parameters)
-        try:
-            yield
-        finally:
-            self._ema.restore(parameters)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        # A checkpoint keeps the weights that training goes on from; what the user saves is what was evaluated.
-        with nullcontext() if _internal_call else self.averaged_weights():
-            super().save_model(output_dir, _internal_call)
-        if not _internal_call:
-            self.create_model_card()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
-        if not self.args.should_save:
-            return
-        output_dir = output_dir or self.args.output_dir
-        save_adapter(
-            self.policy.denoiser,
-            type(self.policy.pipeline),
-            self.policy.family.component,
-            output_dir,
-            self.base_model or None,
-            state_dict,
-        )
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        if os.path.isdir(folder):
-            state = {
-                "method": self._name,
-                "step": self._step,
-                "nfe": self._nfe,
-                "elapsed": self._elapsed,
-                "buffered_inputs": self._buffered_inputs,
-                "ema": None if self._ema is None else self._ema.state_dict(),
-            }
-            torch.save(state, os.path.join(folder, f"rollout_state_{self.args.process_index}.pt"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
-        weights = load_file(os.path.join(resume_from_checkpoint, "adapter_model.safetensors"))
-        outcome_of_load = set_peft_model_state_dict(self.policy.denoiser, weights)
-        if outcome_of_load.unexpected_keys:
-            raise ValueError(
-                f"{resume_from_checkpoint} is of another adapter: {outcome_of_load.unexpected_keys[:3]} ... do not fit."
-            )
-
-    def _load_best_model(self):
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state = torch.load(
-            os.path.join(checkpoint, f"rollout_state_{self.args.process_index}.pt"),
-            weights_only=True,
-            map_location=self.accelerator.device,
-        )
-        self._step, self._nfe, self._elapsed = state["step"], state["nfe"], state["elapsed"]
-        self._buffered_inputs = state["buffered_inputs"]
-        if self._ema is not None and state["ema"] is not None:
-            self._ema.load_state_dict(state["ema"])
-
-    def _send_telemetry(self):
-        """Nothing is sent: TRL's telemetry is about TRL's own trainers."""
-
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
-        if not self.is_world_process_zero():
-            return
-        evaluations = [entry for entry in self.state.log_history if "eval_reward" in entry]
-        create_model_card(
-            self.args.output_dir,
-            base_model=self.base_model,
-            pipeline_class_name=type(self.policy.pipeline).__name__,
-            method_name=self._name,
-            paper=self._paper,
-            datasets=dataset_name,
-            reward_names=self.reward_names,
-            eval_reward_names=self.eval_reward_names,
-            metrics={
-                when: {
-                    name: {
-                        "mean": entry.get(f"eval_rewards/{name}/mean"),
-                        "std": entry.get(f"eval_rewards/{name}/std"),
-                        "n": entry.get("eval_num_samples"),
-                    }
-                    for name in self.reward_names + self.eval_reward_names
-                }
-                for when, entry in (("before", evaluations[0]), ("after", evaluations[-1]))
-            }
-            if evaluations
-            else None,
-            config={name: value for name, value in self.args.to_dict().items() if value is not None},
-            call_arguments={
-                "num_inference_steps": self.args.num_eval_inference_steps,
-                **self.policy.call_arguments,
-            },
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            model_name=model_name,
-            hub_model_id=self.args.hub_model_id,
-            component=self.policy.family.component,
-            load_expression="trl_flow.policy.load_pipeline('shapes')" if self.base_model == "shapes" else None,
-            steps=self.state.global_step,
-            seconds=self._elapsed,
-            nfe=self._nfe,
-        )
-
-
-@dataclass
-class _Chunk:
-    """One training forward: n parents at one step, and their m children."""
-
-    step: int
-    sigma: float
-    sigma_next: float
-    latents: torch.Tensor  # (n, *latent)
-    next_latents: torch.Tensor  # (m, *latent)
-    conditioning: dict[str, torch.Tensor]  # n rows
-    row: torch.Tensor  # (m,) parent of each child
-    members: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (m,) prompt, step and group member of each child
 
 
 class _AfterUpdate(TrainerCallback):
@@ -843,56 +639,6 @@ class _AfterUpdate(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer._ema is not None:
             self.trainer._ema.step(self.trainer._trainable)
-
-
-def _select(inputs: dict, prompts: range, steps: torch.Tensor) -> dict:
-    """The micro-batch of some prompts and steps."""
-    prompts = list(prompts)
-    return {
-        "nodes": inputs["nodes"][prompts],
-        "advantages": inputs["advantages"][prompts][:, steps],
-        "steps": inputs["steps"][steps],
-        "parents": inputs["parents"][steps],
-        "children": inputs["children"][steps],
-        "prompts": [inputs["prompts"][b] for b in prompts],
-        "old_log_probs": None,
-    }
-
-
-def _load_rewards(rewards, argument: str) -> tuple[list[str], list[Callable]]:
-    rewards = rewards if isinstance(rewards, (list, tuple)) else [rewards]
-    if not rewards and argument == "reward_funcs":
-        raise ValueError("reward_funcs is empty: expected at least one reward function or name.")
-    names = []
-    for reward in rewards:
-        name = reward_name(reward)
-        names.append(name if name not in names else f"{name}_{sum(n.startswith(name) for n in names) + 1}")
-    return names, [load_reward(reward) for reward in rewards]
-
-
-def _own_prompts(reward: Callable, name: str) -> Dataset:
-    prompt_set = getattr(reward, "prompt_set", None)
-    if prompt_set is None:
-        raise ValueError(
-            f"train_dataset is None, and the reward {name!r} names no prompt set of its own. Give a dataset with a "
-            f"'prompt' column, or load_prompts(...) of one of these: {', '.join(PROMPT_SETS)}."
-        )
-    return load_prompts(prompt_set)
-
-
-def _check_dataset(dataset, argument: str):
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f"{argument} is a {type(dataset).__name__}: expected a datasets.Dataset.")
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f"{argument} has the columns {dataset.column_names}: expected one named 'prompt'.")
-    if len(dataset) == 0:
-        raise ValueError(f"{argument} is empty.")
-    reserved = {"prompts", "images", "completions", "trainer_state", "log_extra", "log_metric"}
-    if clash := sorted(reserved & set(dataset.column_names)):
-        raise ValueError(f"{argument} has columns {clash}, names that reward functions get other things by. Rename them.")
-    for number, prompt in enumerate(dataset["prompt"]):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{argument}: the prompt of row {number} is {prompt!r}; expected a text.")
 
 
 def _to_pil(images: torch.Tensor) -> list:

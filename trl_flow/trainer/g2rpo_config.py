@@ -46,9 +46,7 @@ class G2RPOConfig(FlowGRPOConfig):
     )
     beta: float = field(
         default=0.0,
-        metadata={
-            "help": "Weight of the KL divergence from the base model. 0 saves the reference's evaluations."
-        },
+        metadata={"help": "Weight of the KL divergence from the base model. 0 saves the reference's evaluations."},
     )
     multi_objective_aggregation: str = field(
         default="normalize_then_sum",
@@ -65,9 +63,7 @@ class G2RPOConfig(FlowGRPOConfig):
     )
     granularities: list[int] = field(
         default_factory=lambda: [1, 2, 3],
-        metadata={
-            "help": "Strides of the ODE tails that score a branch; the advantages of all of them are summed."
-        },
+        metadata={"help": "Strides of the ODE tails that score a branch; the advantages of all of them are summed."},
     )
     update_per_step: bool = field(
         default=False,

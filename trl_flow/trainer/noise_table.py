@@ -48,5 +48,7 @@ def load_noise_table(path: str, sigmas: torch.Tensor, sde_type: str) -> list[flo
             f"{[round(s, 4) for s in sigmas.tolist()]} here. Calibrate with this model and resolution."
         )
     if made_for != sde_type:
-        raise ValueError(f"{path} was made for sde_type={made_for!r}, but sde_type={sde_type!r}. Set it to {made_for!r}.")
+        raise ValueError(
+            f"{path} was made for sde_type={made_for!r}, but sde_type={sde_type!r}. Set it to {made_for!r}."
+        )
     return [float(level) for level in levels]

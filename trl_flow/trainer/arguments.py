@@ -1,0 +1,60 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a trainer is given: loaded, and refused with a reason where it cannot work."""
+
+from collections.abc import Callable
+
+from datasets import Dataset
+
+from ..prompts import PROMPT_SETS, load_prompts
+from ..rewards import load_reward, reward_name
+
+
+def load_rewards(rewards, argument: str) -> tuple[list[str], list[Callable]]:
+    rewards = rewards if isinstance(rewards, (list, tuple)) else [rewards]
+    if not rewards and argument == "reward_funcs":
+        raise ValueError("reward_funcs is empty: expected at least one reward function or name.")
+    names = []
+    for reward in rewards:
+        name = reward_name(reward)
+        names.append(name if name not in names else f"{name}_{sum(n.startswith(name) for n in names) + 1}")
+    return names, [load_reward(reward) for reward in rewards]
+
+
+def own_prompts(reward: Callable, name: str) -> Dataset:
+    prompt_set = getattr(reward, "prompt_set", None)
+    if prompt_set is None:
+        raise ValueError(
+            f"train_dataset is None, and the reward {name!r} names no prompt set of its own. Give a dataset with a "
+            f"'prompt' column, or load_prompts(...) of one of these: {', '.join(PROMPT_SETS)}."
+        )
+    return load_prompts(prompt_set)
+
+
+def check_dataset(dataset, argument: str):
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{argument} is a {type(dataset).__name__}: expected a datasets.Dataset.")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"{argument} has the columns {dataset.column_names}: expected one named 'prompt'.")
+    if len(dataset) == 0:
+        raise ValueError(f"{argument} is empty.")
+    reserved = {"prompts", "images", "completions", "trainer_state", "log_extra", "log_metric"}
+    if clash := sorted(reserved & set(dataset.column_names)):
+        raise ValueError(
+            f"{argument} has columns {clash}, names that reward functions get other things by. Rename them."
+        )
+    for number, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{argument}: the prompt of row {number} is {prompt!r}; expected a text.")

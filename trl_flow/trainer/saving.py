@@ -1,0 +1,184 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a run leaves on disk and finds there again: adapter, card, checkpoint state."""
+
+import json
+import os
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from ..hub import create_model_card, save_adapter
+
+
+RUN_FILE = "run.json"
+
+
+class SavingMixin:
+    """The part of the trainer that saves and resumes."""
+
+    def last_evaluation(self) -> int | None:
+        return next((entry["step"] for entry in reversed(self.state.log_history) if "eval_reward" in entry), None)
+
+    def check_output_dir(self, checkpoint: str | None):
+        run = {
+            "method": self._name,
+            "base_model": self.base_model,
+            "rewards": self.reward_names,
+            "eval_rewards": self.eval_reward_names,
+        }
+        file = Path(self.args.output_dir) / RUN_FILE
+        if checkpoint is not None:
+            state = Path(checkpoint) / f"rollout_state_{self.args.process_index}.pt"
+            if not state.is_file():
+                raise ValueError(
+                    f"resume_from_checkpoint={checkpoint}: it holds no {state.name}, so it is not a checkpoint of this "
+                    "library (or was made with fewer processes)."
+                )
+            method = torch.load(state, weights_only=True, map_location="cpu")["method"]
+            if method != self._name:
+                raise ValueError(
+                    f"resume_from_checkpoint={checkpoint} is a checkpoint of {method}, but this trainer is "
+                    f"{self._name}. Resume it with its own trainer."
+                )
+        elif file.is_file():
+            raise ValueError(
+                f"output_dir={self.args.output_dir} holds another run ({json.loads(file.read_text())['method']}). "
+                "Choose another directory, or go on with that run: train(resume_from_checkpoint=True)."
+            )
+        if self.is_world_process_zero():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(run, indent=2) + "\n")
+
+    @contextmanager
+    def averaged_weights(self):
+        """The policy with the moving average of its weights, where one is kept."""
+        if self._ema is None or self._ema.optimization_step == 0:
+            yield
+            return
+        parameters = self._trainable
+        self._ema.store(parameters)
+        self._ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self._ema.restore(parameters)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        # A checkpoint keeps the weights that training goes on from; what the user saves is what was evaluated.
+        with nullcontext() if _internal_call else self.averaged_weights():
+            super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self.create_model_card()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        save_adapter(
+            self.policy.denoiser,
+            type(self.policy.pipeline),
+            self.policy.family.component,
+            output_dir,
+            self.base_model or None,
+            state_dict,
+        )
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if os.path.isdir(folder):
+            state = {
+                "method": self._name,
+                "step": self._step,
+                "nfe": self._nfe,
+                "elapsed": self._elapsed,
+                "buffered_inputs": self._buffered_inputs,
+                "ema": None if self._ema is None else self._ema.state_dict(),
+            }
+            torch.save(state, os.path.join(folder, f"rollout_state_{self.args.process_index}.pt"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        weights = load_file(os.path.join(resume_from_checkpoint, "adapter_model.safetensors"))
+        outcome_of_load = set_peft_model_state_dict(self.policy.denoiser, weights)
+        if outcome_of_load.unexpected_keys:
+            raise ValueError(
+                f"{resume_from_checkpoint} is of another adapter: {outcome_of_load.unexpected_keys[:3]} ... do not fit."
+            )
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = torch.load(
+            os.path.join(checkpoint, f"rollout_state_{self.args.process_index}.pt"),
+            weights_only=True,
+            map_location=self.accelerator.device,
+        )
+        self._step, self._nfe, self._elapsed = state["step"], state["nfe"], state["elapsed"]
+        self._buffered_inputs = state["buffered_inputs"]
+        if self._ema is not None and state["ema"] is not None:
+            self._ema.load_state_dict(state["ema"])
+
+    def _send_telemetry(self):
+        """Nothing is sent: TRL's telemetry is about TRL's own trainers."""
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
+        if not self.is_world_process_zero():
+            return
+        evaluations = [entry for entry in self.state.log_history if "eval_reward" in entry]
+        create_model_card(
+            self.args.output_dir,
+            base_model=self.base_model,
+            pipeline_class_name=type(self.policy.pipeline).__name__,
+            method_name=self._name,
+            paper=self._paper,
+            datasets=dataset_name,
+            reward_names=self.reward_names,
+            eval_reward_names=self.eval_reward_names,
+            metrics={
+                when: {
+                    name: {
+                        "mean": entry.get(f"eval_rewards/{name}/mean"),
+                        "std": entry.get(f"eval_rewards/{name}/std"),
+                        "n": entry.get("eval_num_samples"),
+                    }
+                    for name in self.reward_names + self.eval_reward_names
+                }
+                for when, entry in (("before", evaluations[0]), ("after", evaluations[-1]))
+            }
+            if evaluations
+            else None,
+            config={name: value for name, value in self.args.to_dict().items() if value is not None},
+            call_arguments={
+                "num_inference_steps": self.args.num_eval_inference_steps,
+                **self.policy.call_arguments,
+            },
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            model_name=model_name,
+            hub_model_id=self.args.hub_model_id,
+            component=self.policy.family.component,
+            load_expression="trl_flow.policy.load_pipeline('shapes')" if self.base_model == "shapes" else None,
+            steps=self.state.global_step,
+            seconds=self._elapsed,
+            nfe=self._nfe,
+        )
