@@ -83,9 +83,7 @@ def test_splits_are_disjoint_and_together_everything():
 def test_no_rewording_of_a_test_prompt_is_trained_on(tag):
     def meanings(split):
         return {
-            str(parse_prompt(row["prompt"])["include"])
-            for row in shapes_dataset(split, 6 * 500)
-            if row["tag"] == tag
+            str(parse_prompt(row["prompt"])["include"]) for row in shapes_dataset(split, 6 * 500) if row["tag"] == tag
         }
 
     assert not meanings("train") & meanings("test")
