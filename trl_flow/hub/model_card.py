@@ -30,7 +30,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_session, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from transformers.utils import logging
@@ -311,16 +312,14 @@ def _gallery(output_dir: Path) -> list[dict]:
 
 @lru_cache(maxsize=8)
 def _base_license(base_model: str) -> dict[str, str]:
-    if os.path.isdir(base_model):
-        card_path = os.path.join(base_model, "README.md")
-        if not os.path.isfile(card_path):
-            return {}
-    elif HUB_ID.fullmatch(base_model):
-        card_path = base_model
-    else:
-        return {}
     try:
-        data = ModelCard.load(card_path, ignore_metadata_errors=True).data
+        if os.path.isdir(base_model):
+            text = Path(base_model, "README.md").read_text("utf-8")
+        elif HUB_ID.fullmatch(base_model):
+            text = _hub_card(base_model)
+        else:
+            return {}
+        data = ModelCard(text, ignore_metadata_errors=True).data
     except (
         Exception
     ) as error:  # offline, gated, no card: a missing licence line must not cost anyone a trained adapter
@@ -328,6 +327,18 @@ def _base_license(base_model: str) -> dict[str, str]:
         return {}
     fields = ("license", "license_name", "license_link")
     return {field: str(data.get(field)) for field in fields if data.get(field)}
+
+
+def _hub_card(repo_id: str) -> str:
+    cached = try_to_load_from_cache(repo_id, "README.md")
+    if isinstance(cached, str):
+        return Path(cached).read_text("utf-8")
+    # One attempt: `hf_hub_download` tries five times, half a minute of waiting on a machine without network.
+    response = get_session().get(
+        hf_hub_url(repo_id, "README.md"), headers=build_hf_headers(), timeout=5, follow_redirects=True
+    )
+    hf_raise_for_status(response)
+    return response.text
 
 
 def _snippet(
