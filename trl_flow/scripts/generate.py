@@ -203,7 +203,7 @@ def sampling_arguments(pipeline: "DiffusionPipeline", args: GenerateArguments, c
         if given is not None and name not in accepted:
             raise ValueError(f"{name}={given}: {type(pipeline).__name__} has no such argument")
         value = fallback[name] if given is None else given
-        if value is not None and name in accepted:
+        if value not in (None, "") and name in accepted:
             chosen[name] = value
     return chosen
 
@@ -297,8 +297,13 @@ def main(args: GenerateArguments):
     from ..policy import load_pipeline
 
     quieten(progress_bars=model != "shapes")
-    dtype = getattr(torch, args.dtype or config.get("dtype") or "float32")
-    pipeline = load_pipeline(model, dtype=dtype, revision=args.model_revision or config.get("model_revision"))
+    loading = {
+        "dtype": getattr(torch, args.dtype or config.get("dtype") or "float32"),
+        "revision": args.model_revision or config.get("model_revision"),
+    }
+    if model == config.get("model_name_or_path"):
+        loading |= config.get("model_init_kwargs") or {}
+    pipeline = load_pipeline(model, **loading)
     pipeline.to(args.device or _default_device())
     sampling = sampling_arguments(pipeline, args, config)
 

@@ -222,20 +222,10 @@ def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training
     """The trainer, with prompts and adapter as the arguments say."""
     from peft import LoraConfig
 
-    from ..prompts import load_prompts
-
-    train_dataset = eval_dataset = None
-    if script_args.dataset_name is not None:
-        train_dataset = load_prompts(
-            script_args.dataset_name, split=script_args.dataset_train_split, config=script_args.dataset_config
-        )
-        if training_args.eval_strategy != "no":
-            eval_dataset = load_prompts(
-                script_args.dataset_name,
-                split=script_args.dataset_test_split,
-                config=script_args.dataset_config,
-                num_prompts=script_args.num_eval_prompts,
-            )
+    train_dataset = load_script_prompts(script_args, script_args.dataset_train_split)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = load_script_prompts(script_args, script_args.dataset_test_split, script_args.num_eval_prompts)
     training_args.model_init_kwargs = model_init_kwargs(script_args, training_args)
     return trainer_class(
         model=script_args.model_name_or_path,
@@ -251,6 +241,20 @@ def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training
             init_lora_weights="gaussian",
         ),
     )
+
+
+def load_script_prompts(script_args: FlowScriptArguments, split: str, num_prompts: int | None = None):
+    """A split of the prompts that were asked for, else of those that the first reward names as its own."""
+    from ..prompts import load_prompts
+    from ..rewards import load_reward
+
+    name = script_args.dataset_name or getattr(load_reward(script_args.reward_funcs[0]), "prompt_set", None)
+    if name is None:
+        raise ValueError(
+            f"dataset_name is missing, and the reward {script_args.reward_funcs[0]!r} has no prompts of its own: name "
+            "a prompt set, a dataset on the Hub or a file"
+        )
+    return load_prompts(name, split=split, config=script_args.dataset_config, num_prompts=num_prompts)
 
 
 def model_init_kwargs(script_args: FlowScriptArguments, training_args: Any) -> dict[str, Any]:
