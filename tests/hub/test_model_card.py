@@ -58,7 +58,13 @@ def make_card(run_dir, **changes):
         "datasets": ["user/prompts", "shapes"],
         "reward_names": ["shapes"],
         "metrics": METRICS,
-        "config": {"learning_rate": 1e-3, "hub_token": "secret", "output_dir": "/home/me/run", "sde_steps": (0, 1)},
+        "config": {
+            "learning_rate": 1e-3,
+            "hub_token": "secret",
+            "output_dir": "/home/me/run",
+            "sde_steps": (0, 1),
+            "adam_beta1": 0.9,
+        },
         "call_arguments": {"num_inference_steps": 10, "guidance_scale": 1.0, "max_sequence_length": 77},
         "tags": ["dense-grpo"],
         "hub_model_id": "user/adapter",
@@ -156,7 +162,7 @@ class TestCreateModelCard:
             assert fact in text
         assert "```bibtex\n@article{deng2026densegrpo,\n    title = {{DenseGRPO}},\n}\n```" in text
 
-    @pytest.mark.parametrize("base_model", ["user/base", "no-such-directory", "/nowhere/at/all"])
+    @pytest.mark.parametrize("base_model", ["user/base", "no-such-directory", "/nowhere/at/all", ""])
     def test_the_least_that_one_can_know(self, tmp_path, base_model):
         path = create_model_card(
             tmp_path, base_model=base_model, pipeline_class_name="FluxPipeline", method_name="Flow-GRPO"
@@ -164,4 +170,5 @@ class TestCreateModelCard:
         card = ModelCard.load(path)
         assert card.data.library_name == "diffusers"
         assert card.data.license is None
+        assert "``," not in card.text
         ast.parse(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1])

@@ -266,11 +266,22 @@ class TestLoadHistory:
         assert rows[1][0] == 2.0
         assert rows[1][1] != rows[1][1]
 
-    def test_scores_of_different_size_get_panels_of_their_own(self, tmp_path):
-        def log(second):
-            return [{"step": 1, "eval_rewards/clip/mean": 0.3, "eval_rewards/other/mean": second}]
+    @pytest.mark.parametrize(
+        ("others", "titles"),
+        [
+            ([0.5, 0.5], ["Held-out scores"]),
+            ([5.6, 5.9], ["Held-out score: clip", "Held-out score: other"]),
+            # 0.1 of rise would be a tenth of the axis.
+            ([-0.7, -0.7], ["Held-out score: clip", "Held-out score: other"]),
+        ],
+    )
+    def test_scores_of_different_size_get_panels_of_their_own(self, tmp_path, others, titles):
+        log = [
+            {"step": step, "eval_rewards/clip/mean": 0.3 + 0.1 * step, "eval_rewards/other/mean": other}
+            for step, other in enumerate(others)
+        ]
+        assert [panel.title for panel in collect_panels(load_history(tmp_path, log))] == titles
 
-        titles = [panel.title for panel in collect_panels(load_history(tmp_path, log(0.5)))]
-        assert titles == ["Held-out scores"]
-        titles = [panel.title for panel in collect_panels(load_history(tmp_path, log(5.6)))]
-        assert titles == ["Held-out score: clip", "Held-out score: other"]
+    def test_trained_scores_come_first(self, tmp_path):
+        log = [{"step": 0, "eval_rewards/a/mean": 0.1, "eval_rewards/b/mean": 0.1}, {"step": 1, "rewards/b/mean": 0.1}]
+        assert load_history(tmp_path, log).eval_names() == ["b", "a"]

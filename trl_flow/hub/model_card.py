@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.resources
 import json
@@ -34,6 +35,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_session, h
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..report.history import public_settings
@@ -86,7 +88,8 @@ def create_model_card(
         output_dir (`str` or `Path`):
             Directory of the adapter.
         base_model (`str`):
-            Hub id or path of the base pipeline. Only a Hub id gets into the metadata.
+            Hub id or path of the base pipeline, empty for one that was built in memory. Only a Hub id gets into the
+            metadata.
         pipeline_class_name (`str`):
             Class name of the base pipeline.
         method_name (`str`):
@@ -141,7 +144,12 @@ def create_model_card(
     base_model = str(base_model)
     base_is_hub_id = bool(HUB_ID.fullmatch(base_model)) and not os.path.isdir(base_model)
     model_name = model_name or (hub_model_id or str(output_dir.resolve())).rstrip("/").split("/")[-1]
-    base_name = base_model if base_is_hub_id else Path(base_model).name
+    if base_model:
+        base_name = base_model if base_is_hub_id else Path(base_model).name
+        load_expression = load_expression or f"DiffusionPipeline.from_pretrained({json.dumps(base_name)})"
+    else:
+        base_name = pipeline_class_name
+        load_expression = load_expression or "...  # the pipeline that was trained"
 
     if diffusers_format is None:
         peft_alone = (output_dir / SAFETENSORS_WEIGHTS_NAME).is_file()
@@ -203,8 +211,7 @@ def create_model_card(
         pipeline_class_name=pipeline_class_name,
         has_gallery=bool(widget),
         snippet=_snippet(
-            load_expression
-            or f"DiffusionPipeline.from_pretrained({json.dumps(base_model if base_is_hub_id else base_name)})",
+            load_expression,
             hub_model_id or ("path/to/" + model_name),
             prompts[0],
             dict(call_arguments or {}),
@@ -383,7 +390,14 @@ def _snippet(
 def _config_yaml(config: Mapping | None) -> str | None:
     if not config:
         return None
-    return yaml.safe_dump(public_settings(config), sort_keys=True, allow_unicode=True, width=110).strip()
+    # Of transformers' hundred settings, those at their default would hide the ones that make this run.
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    settings = {
+        name: value
+        for name, value in public_settings(config).items()
+        if name not in defaults or value != defaults[name]
+    }
+    return yaml.safe_dump(settings, sort_keys=True, allow_unicode=True, width=110).strip() if settings else None
 
 
 def _versions() -> list[tuple[str, str]]:

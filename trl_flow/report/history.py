@@ -87,6 +87,12 @@ class RunHistory:
         keys = dict.fromkeys(key for entry in entries for key in entry)
         return list(dict.fromkeys(match[1] for key in keys if (match := re.fullmatch(pattern, key))))
 
+    def eval_names(self) -> list[str]:
+        """Names of the held-out scores: those that are trained on first."""
+        trained = self.names(r"rewards/(.+)/mean")
+        names = self.names(r"eval_rewards/(.+)/mean", "eval")
+        return sorted(names, key=lambda name: trained.index(name) if name in trained else len(trained))
+
     def steps_table(self, prefix: str) -> tuple[list[int], list[list[float]]]:
         """
         Per-step quantities `<prefix>/step_<i>` of all training entries.

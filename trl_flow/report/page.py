@@ -112,7 +112,7 @@ def _progress(history: RunHistory) -> str:
 
 def _score_table(history: RunHistory) -> list[dict[str, str]]:
     rows = []
-    keys = [f"eval_rewards/{name}" for name in history.names(r"eval_rewards/(.+)/mean", "eval")]
+    keys = [f"eval_rewards/{name}" for name in history.eval_names()]
     for key in keys or ["eval_reward"]:
         values = history.series(f"{key}/mean" if keys else key, "eval")
         if not values[0]:

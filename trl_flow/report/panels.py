@@ -36,6 +36,8 @@ from .history import RunHistory
 
 # Mid-tones that keep a contrast of 3:1 on white and on near-black, in an order that colour-blind readers can tell apart.
 COLORS = ("#2b7fd4", "#d9730d", "#178f6f", "#b8568f", "#7f6bd1", "#8a7420")
+SHARES = ("clip_ratio", "frac_reward_zero_std")
+PHASES = ("rollout", "decode", "reward", "train")
 EARLY, LATE = "#8c95a1", "#2b7fd4"
 INK, LINE = "#1c1e21", "#d5d8dc"
 # In SVG these two stand for "the page's text colour" and "the page's line colour".
@@ -78,12 +80,8 @@ def collect_panels(history: RunHistory) -> list[Panel]:
                 "learning",
             )
         )
-    panels += _score_panels(
-        history,
-        history.names(r"eval_rewards/(.+)/mean", "eval")
-        or (["eval_reward"] if history.series("eval_reward", "eval")[0] else []),
-        "eval",
-    )
+    names = history.eval_names()
+    panels += _score_panels(history, names or ["eval_reward"], "eval")
     names = history.names(r"rewards/(.+)/mean")
     if len(names) > 1:
         panels += _score_panels(history, names, "train")
@@ -112,7 +110,7 @@ def collect_panels(history: RunHistory) -> list[Panel]:
         ),
         (
             "advantages/std",
-            "Spread of advantages per denoising step",
+            "Spread of advantages per step",
             "Standard deviation of the advantages; a step at 0 teaches nothing.",
             None,
             False,
@@ -161,8 +159,16 @@ def collect_panels(history: RunHistory) -> list[Panel]:
     ):
         steps, values = history.series(key)
         if steps and (key != "learning_rate" or len(set(values)) > 1):
-            panels.append(Panel(title, note, lambda axes, s=steps, v=values: _draw_line(axes, s, v), "health"))
+            panels.append(
+                Panel(
+                    title,
+                    note,
+                    lambda axes, s=steps, v=values, k=key: _draw_line(axes, s, v, is_share=k in SHARES),
+                    "health",
+                )
+            )
     phases = [name for name in history.names(r"time/(.+)") if name != "elapsed"]
+    phases.sort(key=lambda name: PHASES.index(name) if name in PHASES else len(PHASES))
     if any(history.series(f"time/{name}")[0] for name in phases):
         panels.append(
             Panel(
@@ -275,8 +281,10 @@ def _marker(steps: Sequence) -> str | None:
     return "o" if len(steps) <= 30 else None
 
 
-def _draw_line(axes: Axes, steps: list[float], values: list[float]) -> None:
+def _draw_line(axes: Axes, steps: list[float], values: list[float], is_share: bool) -> None:
     axes.plot(steps, values, color=COLORS[0], linewidth=1.6, marker=_marker(steps), markersize=3.5)
+    if is_share:
+        axes.set_ylim(0, max(0.1, 1.1 * max(values)))
     axes.set_xlabel("update")
 
 
@@ -319,7 +327,12 @@ def _score_panels(history: RunHistory, names: list[str], kind: str) -> list[Pane
         return []
     with_band = any(half_intervals for _, _, half_intervals in curves.values())
     note += "; the band is the 95\u00a0% interval of the mean." if with_band else "."
-    shared = all(-1.05 <= value <= 1.05 for _, means, _ in curves.values() for value in means)
+    # Scores share axes only while each one's course can still be seen on them.
+    extents = [
+        (min(np.subtract(means, half or 0)), max(np.add(means, half or 0))) for _, means, half in curves.values()
+    ]
+    overall = max(high for _, high in extents) - min(low for low, _ in extents)
+    shared = overall <= 6 * max(high - low for low, high in extents) and max(abs(x) for e in extents for x in e) <= 1.2
     groups = [list(curves)] if shared and len(curves) <= len(COLORS) else [[name] for name in curves]
 
     def draw(axes: Axes, group: list[str]) -> None:
