@@ -16,4 +16,4 @@
 
 from .families import FAMILIES, PipelineFamily, find_family
 from .flow_policy import FlowPolicy
-from .loading import load_pipeline
+from .loading import default_call_arguments, load_pipeline

@@ -44,3 +44,10 @@ def load_pipeline(model: "str | os.PathLike | DiffusionPipeline", **kwargs) -> D
             f"model={str(model)!r} could not be loaded: expected 'shapes' (the embedded pipeline), a directory that "
             f"holds a diffusers pipeline, or the id of one on the Hub. {error}"
         ) from error
+
+
+def default_call_arguments(model) -> dict:
+    """Arguments of the pipeline call that a model needs and its pipeline class does not know."""
+    # The embedded pipeline has no T5 encoder and was made with one placeholder token in its place; the class's default
+    # of 256 would be ten times slower, and nothing that it has seen.
+    return {"max_sequence_length": 1} if model == "shapes" else {}

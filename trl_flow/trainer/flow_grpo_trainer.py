@@ -36,7 +36,7 @@ from trl.trainer.utils import identity
 
 from ..credit import assign_credit, combine_rewards, outcome
 from ..objective import clipped_loss, kl_divergence, step_weights
-from ..policy import FlowPolicy, load_pipeline
+from ..policy import FlowPolicy, default_call_arguments, load_pipeline
 from ..report import ProgressLine, write_report
 from ..rewards import NothingToLearnError, check_rewards, score
 from ..rollout import Plan, chain_plan, coefficients, execute, log_prob, seeded_noise, transition
@@ -164,6 +164,9 @@ class FlowGRPOTrainer(EvaluationMixin, SavingMixin, _BaseTrainer):
                 "no ratio. Set it to 0."
             )
         pipeline = load_pipeline(model, **(args.model_init_kwargs or {}))
+        for name, value in default_call_arguments(model).items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
         self.policy = FlowPolicy(
             pipeline,
             peft_config,
