@@ -103,6 +103,20 @@ class TestCreateModelCard:
         assert "512 pictures" in card.text
         assert "nan" not in card.text.lower().split()
 
+    def test_change_is_paired_where_both_evaluations_are_on_disk(self, tmp_path):
+        write_samples(tmp_path)
+        first = tmp_path / "samples" / "step_000000"
+        first.mkdir()
+        Image.new("RGB", (8, 8)).save(first / "000.png")
+        for step, scores in (("step_000000", [0.1, 0.5, 0.2]), ("step_000020", [0.3, 0.5, 0.6])):
+            description = {"prompts": ["a", "b", "c"], "scores": {"strict": scores, "partial": scores}}
+            (tmp_path / "samples" / f"{step}.json").write_text(json.dumps(description))
+        metrics = {"before": {"strict": 0.8 / 3, "partial": 0.1}, "after": {"strict": 1.4 / 3, "partial": 0.2}}
+        text = make_card(tmp_path, metrics=metrics).text
+        # Differences 0.2, 0, 0.4: mean 0.2, 1.96 * 0.2 / sqrt(3) = 0.226.
+        assert "| `strict` | 0.267 | 0.467 | +0.200 ± 0.23 |" in text
+        assert "| `partial` | 0.100 | 0.200 | +0.100 |" in text, "of other evaluations than those on disk"
+
     def test_usage_example_is_python_with_the_call_arguments(self, tmp_path):
         code = re.search(r"```python\n(.*?)```", make_card(tmp_path).text, re.DOTALL)[1]
         calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]

@@ -22,6 +22,7 @@ import yaml
 from PIL import Image
 
 from trl_flow.report import load_history, write_report
+from trl_flow.report.history import paired_change
 from trl_flow.report.panels import collect_panels
 
 
@@ -281,6 +282,18 @@ class TestLoadHistory:
             for step, other in enumerate(others)
         ]
         assert [panel.title for panel in collect_panels(load_history(tmp_path, log))] == titles
+
+    def test_paired_change(self, tmp_path):
+        samples = load_history(write_run(tmp_path)).samples
+        assert paired_change(samples, "strict") is None, "one pair"
+        assert paired_change(samples, "partial") == (0.0, 0.0, 3)
+        samples[0].all_scores["partial"] = [0.1, 0.5, None, 0.2]
+        samples[-1].all_scores["partial"] = [0.3, 0.5, 0.9, 0.6]
+        # Differences 0.2, 0, 0.4: mean 0.2, standard deviation 0.2.
+        mean, half, count = paired_change(samples, "partial")
+        assert (mean, half, count) == (pytest.approx(0.2), pytest.approx(1.96 * 0.2 / 3**0.5), 3)
+        assert paired_change(samples[:1], "partial") is None
+        assert paired_change(samples, "unknown") is None
 
     def test_trained_scores_come_first(self, tmp_path):
         log = [{"step": 0, "eval_rewards/a/mean": 0.1, "eval_rewards/b/mean": 0.1}, {"step": 1, "rewards/b/mean": 0.1}]

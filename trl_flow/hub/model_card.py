@@ -38,7 +38,7 @@ from PIL import Image
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..report.history import public_settings
+from ..report.history import Samples, load_samples, paired_change, public_settings
 from ..report.text import format_change, format_duration, format_number
 from .adapter import DIFFUSERS_WEIGHTS_NAME, HUB_ID
 
@@ -157,7 +157,7 @@ def create_model_card(
 
     metrics = metrics or {}
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
-    score_rows = _score_rows(before, after)
+    score_rows = _score_rows(before, after, load_samples(output_dir / "samples"))
     widget = _gallery(output_dir)
     prompts = list(prompts) or [entry["text"] for entry in widget] or ["a photo of a red cube on a blue table"]
 
@@ -195,7 +195,7 @@ def create_model_card(
     if len(sample_count) == 1:
         scores_text += f", {int(sample_count.pop()):,} pictures"
     if any("±" in row["after"] for row in score_rows):
-        scores_text += "; mean ± half of the 95 % interval"
+        scores_text += "; mean ± half of the 95 % interval, paired for the change"
     template = importlib.resources.files("trl_flow.hub").joinpath("templates/model_card.md").read_text("utf-8")
     card = ModelCard.from_template(
         card_data,
@@ -259,7 +259,7 @@ def _mean_and_half_interval(score: float | Mapping | None) -> tuple[float, float
     return mean, 1.96 * std / math.sqrt(n) if std is not None and n else None
 
 
-def _score_rows(before: Mapping, after: Mapping) -> list[dict[str, str]]:
+def _score_rows(before: Mapping, after: Mapping, samples: list[Samples]) -> list[dict[str, str]]:
     rows = []
     for name in [*before, *(name for name in after if name not in before)]:
         row = {"name": f"`{name}`", "before": "", "after": "", "change": ""}
@@ -272,6 +272,10 @@ def _score_rows(before: Mapping, after: Mapping) -> list[dict[str, str]]:
             row[key] = format_number(mean) + (f" ± {half_interval:.2g}" if half_interval is not None else "")
         if len(means) == 2:
             row["change"] = format_change(means["after"] - means["before"])
+            paired = paired_change(samples, name)
+            # Not when the pictures on disk are of other evaluations than the scores.
+            if paired is not None and math.isclose(paired[0], means["after"] - means["before"], abs_tol=1e-4):
+                row["change"] += f" ± {paired[1]:.2g}"
         rows.append(row)
     return rows
 

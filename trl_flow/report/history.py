@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,12 +41,15 @@ class Samples:
             Scores per reward name, one per picture.
         paths (`list[Path]`):
             Files, one per picture.
+        all_scores (`dict[str, list[float | None]]`):
+            Scores per reward name of every held-out prompt, also of those whose picture was not kept.
     """
 
     step: int
     prompts: list[str]
     scores: dict[str, list[float | None]]
     paths: list[Path]
+    all_scores: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 @dataclass
@@ -162,7 +166,7 @@ def load_history(run_dir: str | Path, log_history: Sequence[Mapping] | None = No
         eval=[evaluations[step] for step in sorted(evaluations)],
         summary=summary,
         config=_load_config(run_dir),
-        samples=_load_samples(run_dir / "samples"),
+        samples=load_samples(run_dir / "samples"),
         max_steps=max_steps,
     )
 
@@ -182,6 +186,28 @@ def public_settings(config: Mapping) -> dict:
         for name, value in plain.items()
         if value not in (None, "", [], {}) and name != "token" and not name.endswith(private)
     }
+
+
+def paired_change(samples: Sequence[Samples], name: str) -> tuple[float, float, int] | None:
+    """
+    Change of a held-out score between the first and the last of `samples`, paired by prompt.
+
+    The same prompts and noise are scored before and after, so that the interval of the change is that of the
+    differences, which is narrower than what the two means' own intervals suggest.
+
+    Returns:
+        `tuple[float, float, int]` or `None`: mean of the differences, half of its 95 % interval, number of pairs; `None`
+        with fewer than two pairs.
+    """
+    if len(samples) < 2:
+        return None
+    before, after = samples[0].all_scores.get(name, []), samples[-1].all_scores.get(name, [])
+    if len(before) != len(after):
+        return None
+    changes = [last - first for first, last in zip(before, after, strict=True) if finite(first) and finite(last)]
+    if len(changes) < 2:
+        return None
+    return statistics.fmean(changes), 1.96 * statistics.stdev(changes) / math.sqrt(len(changes)), len(changes)
 
 
 def _newest_state(run_dir: Path) -> dict:
@@ -206,7 +232,8 @@ def _load_config(run_dir: Path) -> dict:
     return config if isinstance(config, dict) else {}
 
 
-def _load_samples(folder: Path) -> list[Samples]:
+def load_samples(folder: Path) -> list[Samples]:
+    """Sample pictures and held-out scores under `folder`, in order of their steps."""
     samples = []
     for directory in sorted(folder.glob("step_*")):
         match = re.fullmatch(r"step_(\d+)", directory.name)
@@ -233,6 +260,7 @@ def _load_samples(folder: Path) -> list[Samples]:
                 prompts=[prompt or "" for prompt in pick(prompts)],
                 scores={name: pick(values) for name, values in scores.items()},
                 paths=[paths[index] for index in order],
+                all_scores=scores,
             )
         )
     return [entry for entry in samples if entry.paths]

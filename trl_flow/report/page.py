@@ -28,7 +28,7 @@ import yaml
 from PIL import Image
 
 from .grid import image_grid
-from .history import RunHistory, Samples, finite, load_history, public_settings
+from .history import RunHistory, Samples, finite, load_history, paired_change, public_settings
 from .panels import collect_panels, render_svg, save_png
 from .text import format_change, format_count, format_duration, format_number
 
@@ -128,6 +128,10 @@ def _score_table(history: RunHistory) -> list[dict[str, str]]:
             row[label], row[f"{label}_interval"], row[f"{label}_step"] = format_number(mean), half, f"{step:,.0f}"
         change = values[1][-1] - values[1][0]
         row["change"] = format_change(change)
+        # Only where the scores on disk are those of the two evaluations that the row compares.
+        paired = paired_change(history.samples, row["name"])
+        if paired is not None and [values[0][0], values[0][-1]] == [history.samples[0].step, history.samples[-1].step]:
+            row["change_interval"] = f" ± {format_number(paired[1])}"
         row["direction"] = "up" if change > 0 else "down" if change < 0 else "same"
         row["moved"] = len(values[0]) > 1
         rows.append(row)
@@ -140,7 +144,8 @@ def _tiles(history: RunHistory) -> list[dict[str, str]]:
         tile = {"label": f"held-out {row['name']}" if row["name"] != "held-out reward" else row["name"]}
         tile["value"] = f"{row['before']} → {row['after']}" if row["moved"] else row["after"]
         if row["moved"]:
-            tile["change"], tile["direction"] = row["change"], row["direction"]
+            tile["change"] = row["change"] + row.get("change_interval", "")
+            tile["direction"] = row["direction"]
         tiles.append(tile)
     rewards = history.series("reward")[1]
     if rewards:
@@ -252,7 +257,8 @@ def _picture_note(samples: list[Samples]) -> str:
         return ""
     before, after, matches = _matched(samples)
     shown = min(len(matches), PICTURES_IN_PAGE)
-    which = f"The first {shown} of {len(matches)} held-out prompts" if shown < len(matches) else "Held-out prompts"
+    total = max([len(matches), *(len(scores) for scores in before.all_scores.values())])
+    which = f"The first {shown} of {total} held-out prompts" if shown < total else "Held-out prompts"
     if after is None:
         return f"{which}, after {before.step:,} updates."
     start = "before training" if before.step == 0 else f"after {before.step:,} updates"
