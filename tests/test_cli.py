@@ -15,7 +15,9 @@
 """The command line: help, errors, precedence, and when a run goes through `accelerate launch`."""
 
 import importlib
+import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -23,8 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from trl_flow import cli
 from trl_flow.scripts import launcher
@@ -36,6 +40,7 @@ from trl_flow.scripts.training import (
     default_rewards,
     held_out_scores,
     own_fields,
+    paired_intervals,
     resolved_config,
     write_config,
 )
@@ -332,6 +337,15 @@ class TestTrainingCommand:
         ]
         assert held_out_scores(log) == {"shapes": (0.25, 0.75), "strict": (0.125, 0.25)}
 
+    def test_interval_of_paired_changes(self, tmp_path):
+        (tmp_path / "samples").mkdir()
+        for step, scores in ((0, [0.1, 0.9, 0.5, None]), (2, [0.0] * 4), (10, [0.3, 1.0, 0.5, 0.7])):
+            record = {"prompts": ["a", "b", "c", "d"], "scores": {"shapes": scores}}
+            (tmp_path / "samples" / f"step_{step:06d}.json").write_text(json.dumps(record))
+        # Changes 0.2, 0.1 and 0: standard deviation 0.1.
+        assert paired_intervals(str(tmp_path)) == {"shapes": pytest.approx(1.96 * 0.1 / 3**0.5)}
+        assert paired_intervals(str(tmp_path / "elsewhere")) == {}
+
     @pytest.mark.parametrize("command", cli.TRAINING_COMMANDS)
     def test_written_config_repeats_the_run(self, tmp_path, command):
         def parse(*args):
@@ -385,6 +399,100 @@ class TestTrainingCommand:
         assert default_rewards(FlowScriptArguments(reward_funcs=["ocr"])) == ["ocr"]
         with pytest.raises(ValueError, match="reward_funcs is empty"):
             default_rewards(FlowScriptArguments(model_name_or_path="user/model"))
+
+
+class TestRuns:
+    """A training run and what comes after it, from the command line, on a tiny pipeline."""
+
+    @pytest.fixture
+    def config(self, tmp_path, monkeypatch):
+        from pipelines import tiny_sd3
+
+        tiny_sd3().save_pretrained(tmp_path / "tiny")
+        (tmp_path / "prompts.txt").write_text("a red circle\na blue square\ntwo green circle\n")
+        (tmp_path / "brightness.py").write_text(
+            "import numpy\n"
+            "def brightness(images, **kwargs):\n"
+            "    return [float(numpy.asarray(image).mean()) for image in images]\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        TestLauncher.no_launcher(monkeypatch)
+        settings = {
+            "model_name_or_path": "tiny",
+            "model_init_kwargs": {"text_encoder_3": None, "tokenizer_3": None},
+            "reward_funcs": ["brightness.brightness"],
+            "dataset_name": "prompts.txt",
+            "dataset_test_split": "train",
+            "output_dir": "run",
+            "max_steps": 2,
+            "save_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "per_device_train_batch_size": 2,
+            "num_generations": 3,
+            "num_inference_steps": 3,
+            "num_eval_inference_steps": 3,
+            "guidance_scale": 1,
+            "learning_rate": 0.01,
+            "beta": 0,
+            "ema_decay": 0,
+            "activation_checkpointing": False,
+            "use_cpu": True,
+            "report_to": "none",
+        }
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+        return "config.yaml"
+
+    def test_train_repeat_resume_generate(self, config, capsys):
+        assert cli.main(["dense-grpo", "--config", config]) == 0
+        output = capsys.readouterr().out
+        assert "brightness" in output and "report.html" in output and Path("run/report.html").is_file()
+        (command,) = [line.strip() for line in output.splitlines() if line.strip().startswith("trl-flow generate")]
+        assert "--model tiny --adapter run --prompt 'a red circle'" in command
+
+        assert cli.main(["dense-grpo", "--config", config]) == 1
+        assert "already holds a run" in capsys.readouterr().err
+
+        assert cli.main(["dense-grpo", "--config", "run/config.yaml", "--output_dir", "again"]) == 0
+        first, again = (load_file(Path(name, "adapter_model.safetensors")) for name in ("run", "again"))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert any(tensor.abs().max() > 0 for name, tensor in first.items() if "lora_B" in name)
+
+        state = json.loads(Path("run/trainer_state.json").read_text())
+        resume = ["--max_steps", "3", "--resume_from_checkpoint", "true"]
+        assert cli.main(["dense-grpo", "--config", "run/config.yaml", *resume]) == 0
+        resumed = json.loads(Path("run/trainer_state.json").read_text())
+        assert (state["global_step"], resumed["global_step"]) == (2, 3)
+
+        capsys.readouterr()
+        assert cli.main(shlex.split(command)[1:]) == 0
+        assert "num_inference_steps=3, guidance_scale=1.0" in capsys.readouterr().out
+        assert Image.open("grid.png").width > 0
+
+    def test_calibrate(self, config, capsys):
+        arguments = ["--num_calibration_iterations", "2", "--num_samples", "4", "--output", "psi.json"]
+        assert cli.main(["calibrate", "--config", config, *arguments]) == 0
+        table = json.loads(Path("psi.json").read_text())
+        assert len(table["noise_level"]) == 3 and Path("psi.png").is_file()
+        assert "--noise_level psi.json" in capsys.readouterr().out
+
+    @pytest.mark.slow
+    @pytest.mark.distributed
+    def test_two_processes(self, config):
+        arguments = [
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--per_device_train_batch_size",
+            "1",
+        ]
+        assert cli.main(["g2rpo", "--config", config, *arguments]) == 0
+        assert sorted(path.name for path in Path("run/checkpoint-2").glob("rng_state_*")) == [
+            "rng_state_0.pth",
+            "rng_state_1.pth",
+        ]
 
 
 def parser_of(command):

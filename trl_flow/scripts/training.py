@@ -17,7 +17,9 @@
 import argparse
 import dataclasses
 import json
+import math
 import shlex
+import statistics
 import warnings
 from pathlib import Path
 from typing import Any
@@ -281,17 +283,43 @@ def held_out_scores(log_history: list[dict]) -> dict[str, tuple[float, float]]:
     return scores
 
 
+def paired_intervals(output_dir: str) -> dict[str, float]:
+    """
+    Half the 95 % interval of the mean change of each held-out score.
+
+    Pictures are paired: every evaluation starts from the same prompts and noise, so that what differs between prompts
+    cancels out.
+    """
+    files = sorted(Path(output_dir, "samples").glob("step_*.json"))
+    if len(files) < 2:
+        return {}
+    first, last = (json.loads(files[position].read_text()) for position in (0, -1))
+    if first["prompts"] != last["prompts"]:
+        return {}
+    intervals = {}
+    for name in first["scores"].keys() & last["scores"].keys():
+        pairs = zip(first["scores"][name], last["scores"][name], strict=True)
+        changes = [after - before for before, after in pairs if before is not None and after is not None]
+        if len(changes) > 1:
+            intervals[name] = 1.96 * statistics.stdev(changes) / math.sqrt(len(changes))
+    return intervals
+
+
 def print_scores(trainer) -> None:
     """Held-out scores before and after training, as a table."""
     log = trainer.state.log_history
     count = next((entry["eval_num_samples"] for entry in reversed(log) if "eval_num_samples" in entry), None)
     table = Table(title=f"Held-out scores on {count} pictures", title_justify="left")
     table.add_column("reward")
-    for title in ("before", "after", "change"):
+    for title in ("before", "after", "change, with its 95 % interval"):
         table.add_column(title, justify="right")
-    for name, (before, after) in held_out_scores(log).items():
-        label = name if name in trainer.reward_names else f"{name} (not trained on)"
-        table.add_row(label, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+    scores, intervals = held_out_scores(log), paired_intervals(trainer.args.output_dir)
+    for name in trainer.reward_names + trainer.eval_reward_names:
+        if name in scores:
+            before, after = scores[name]
+            label = name if name in trainer.reward_names else f"{name} (not trained on)"
+            change = f"{after - before:+.3f}" + (f" ± {intervals[name]:.3f}" if name in intervals else "")
+            table.add_row(label, f"{before:.3f}", f"{after:.3f}", change)
     if table.row_count:
         Console().print()
         Console().print(table)
