@@ -20,7 +20,6 @@ import json
 import math
 import shlex
 import statistics
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +134,11 @@ def resolved_config(script_args: FlowScriptArguments, training_args: Any) -> dic
     their defaults. Tokens are left out.
     """
     ours = set(own_fields(type(training_args)))
-    with warnings.catch_warnings(action="ignore"):
-        defaults = type(training_args)(output_dir=training_args.output_dir).to_dict()
+    fields = {field.name: field for field in dataclasses.fields(training_args)}
     values = {
         name: value
         for name, value in training_args.to_dict().items()
-        if name == "output_dir" or (value is not None if name in ours else value != defaults[name])
+        if name in ours or name == "output_dir" or not _is_default(fields[name], value)
     }
     values = {**dataclasses.asdict(script_args), **values}
     kept = {
@@ -150,6 +148,18 @@ def resolved_config(script_args: FlowScriptArguments, training_args: Any) -> dic
     }
     # Through JSON: enums, tuples and paths become what YAML writes without Python tags.
     return json.loads(json.dumps(kept, default=str))
+
+
+def _is_default(field: dataclasses.Field, value: Any) -> bool:
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    # Not by comparison with a second, default config: making one would reset the state of the process group.
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    if field.name == "accelerator_config":
+        return value == AcceleratorConfig().to_dict()
+    if value == []:
+        return default in ("", "none")  # what `debug` and `report_to` become
+    return value == getattr(default, "value", default)
 
 
 def write_config(config: dict[str, Any], command: str) -> Path:
