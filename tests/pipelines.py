@@ -12,9 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Tiny pipelines with random weights, of the real architectures."""
+"""Tiny pipelines with random weights, of the real architectures, and prompts and rewards for them."""
 
+import itertools
+
+import numpy as np
 import torch
+from datasets import Dataset
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -92,3 +96,17 @@ def tiny_sd3(seed: int = 0, sample_size: int = 4) -> StableDiffusion3Pipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def brightness(images, **kwargs):
+    return [float(np.asarray(image, dtype=np.float64).mean()) / 255 for image in images]
+
+
+def redness(images, **kwargs):
+    return [float(np.asarray(image, dtype=np.float64)[..., 0].mean()) / 255 for image in images]
+
+
+def prompts(number: int) -> Dataset:
+    """Up to 18 prompts of the tiny tokenizer's words."""
+    words = itertools.product(("a", "two", "three"), ("red", "green", "blue"), ("circle", "square"))
+    return Dataset.from_dict({"prompt": [" ".join(three) for three in itertools.islice(words, number)]})

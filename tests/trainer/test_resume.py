@@ -1,0 +1,226 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Runs that stop and go on: bit by bit what an uninterrupted run would have done."""
+
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from pipelines import brightness, prompts, tiny_sd3
+
+from trl_flow import DenseGRPOConfig, DenseGRPOTrainer, FlowGRPOTrainer, G2RPOConfig, G2RPOTrainer
+
+
+UPDATES = 6
+
+
+def adapter(folder) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "trainer_class, config_class, settings, stops",
+    [
+        pytest.param(FlowGRPOTrainer, None, {}, (1, 2, 3, 4, 5), id="one update per rollout"),
+        pytest.param(
+            FlowGRPOTrainer,
+            None,
+            {"steps_per_generation": 2, "num_iterations": 2},
+            (1, 2, 3, 4, 5),
+            id="four updates per rollout",
+        ),
+        pytest.param(
+            FlowGRPOTrainer,
+            None,
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
+            (1, 2, 3, 4, 5),
+            id="accumulation, two updates per rollout",
+        ),
+        pytest.param(
+            DenseGRPOTrainer, DenseGRPOConfig, {"beta": 0.04, "same_initial_noise": True}, (3,), id="DenseGRPO"
+        ),
+        pytest.param(
+            G2RPOTrainer,
+            G2RPOConfig,
+            {"update_per_step": True, "sde_steps": [0, 1, 2], "granularities": [1, 2]},
+            (2, 4),
+            id="one update per step",
+        ),
+    ],
+)
+def test_resume_is_bit_exact(make_trainer, trainer_class, config_class, settings, stops):
+    """Stopped after so many of six updates. The data (5 prompts) are gone through more than once."""
+    settings = {
+        "train_dataset": prompts(5),
+        "max_steps": UPDATES,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "ema_decay": 0.9,
+        **settings,
+    }
+    straight = make_trainer(trainer_class, config_class, **settings)
+    straight.train()
+    straight.save_model()
+    run = make_trainer.directory / "run"
+    assert len({adapter(run / f"checkpoint-{k}") for k in range(1, UPDATES + 1)}) == UPDATES
+    numbers = [{k: v for k, v in entry.items() if "time" not in k} for entry in straight.state.log_history[:UPDATES]]
+    for k in stops:
+        resumed = make_trainer(
+            trainer_class, config_class, **settings, output_dir=str(make_trainer.directory / f"resumed-{k}")
+        )
+        torch.manual_seed(1000 + k)  # a new process has another random state
+        resumed.train(resume_from_checkpoint=str(run / f"checkpoint-{k}"))
+        resumed.save_model()
+        assert adapter(make_trainer.directory / f"resumed-{k}") == adapter(run), f"averaged weights, stopped after {k}"
+        last = make_trainer.directory / f"resumed-{k}" / f"checkpoint-{UPDATES}"
+        assert adapter(last) == adapter(run / f"checkpoint-{UPDATES}"), f"stopped after {k}"
+        for entry, expected in zip(resumed.state.log_history[:UPDATES], numbers, strict=True):
+            for name in ("reward", "ratio/min", "ratio/max", "nfe", "grad_norm", "epoch", "step"):
+                assert entry.get(name) == expected.get(name), (k, name)
+
+
+def test_resume_from_the_last_checkpoint(make_trainer):
+    straight = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
+    straight.train()
+    straight.save_model()
+    run = make_trainer.directory / "run"
+    expected = adapter(run)
+    shutil.rmtree(run / "checkpoint-3")
+    (run / "adapter_model.safetensors").unlink()
+    resumed = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
+    resumed.train(resume_from_checkpoint=True)
+    resumed.save_model()
+    assert adapter(run) == expected
+
+
+def test_a_killed_run_goes_on(make_trainer):
+    """A reward that stops the process in the middle of an update: what was saved before is enough."""
+
+    def until(limit):
+        calls = []
+
+        def limited(images, **kwargs):
+            calls.append(1)
+            if len(calls) > limit:
+                raise KeyboardInterrupt
+            return brightness(images)
+
+        limited.__name__ = "limited"
+        return limited
+
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    straight = make_trainer(reward_funcs=until(99), **settings, output_dir=str(make_trainer.directory / "straight"))
+    straight.train()
+    killed = make_trainer(reward_funcs=until(4), **settings)  # the check, and three rollouts
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    assert killed.state.global_step == 3
+    resumed = make_trainer(reward_funcs=until(99), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    path = "checkpoint-4"
+    assert adapter(make_trainer.directory / "run" / path) == adapter(make_trainer.directory / "straight" / path)
+
+
+def test_checkpoints_of_another_method_are_refused(make_trainer):
+    make_trainer(save_strategy="steps", save_steps=1).train()
+    checkpoint = str(make_trainer.directory / "run" / "checkpoint-1")
+    other = make_trainer(DenseGRPOTrainer, DenseGRPOConfig, output_dir=str(make_trainer.directory / "other"))
+    with pytest.raises(ValueError, match="is a checkpoint of Flow-GRPO, but this trainer is DenseGRPO"):
+        other.train(resume_from_checkpoint=checkpoint)
+    assert not (make_trainer.directory / "other" / "run.json").exists()
+
+
+def test_checkpoints_of_another_adapter_are_refused(make_trainer):
+    make_trainer(save_strategy="steps", save_steps=1).train()
+    other = make_trainer(peft_config=LoraConfig(r=2, target_modules=["attn.to_q"]), max_steps=2)
+    with pytest.raises(ValueError, match="is of another adapter"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_what_is_no_checkpoint_is_refused(make_trainer):
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="not a checkpoint of this library"):
+        trainer.train(resume_from_checkpoint=str(make_trainer.directory))
+
+
+def test_an_output_directory_that_holds_another_run_is_refused(make_trainer):
+    make_trainer().train()
+    before = sorted(path.name for path in (make_trainer.directory / "run").iterdir())
+    with pytest.raises(ValueError, match=r"holds another run \(Flow-GRPO\). Choose another directory"):
+        make_trainer().train()
+    with pytest.raises(ValueError, match="holds another run"):
+        make_trainer(G2RPOTrainer, G2RPOConfig).train()
+    assert sorted(path.name for path in (make_trainer.directory / "run").iterdir()) == before
+
+
+def test_a_mistake_that_is_found_before_any_work_does_not_occupy_the_directory(make_trainer):
+    with pytest.raises(ValueError, match="returned 1 scores for 2 pictures"):
+        make_trainer(reward_funcs=lambda images, **kwargs: [0.5]).train()
+    make_trainer().train()
+
+
+# ---- What is saved ----
+
+
+@pytest.mark.parametrize("trained_ema", [0, 0.9])
+def test_both_formats_give_the_trained_pictures(make_trainer, monkeypatch, trained_ema):
+    # Offline, diffusers wants the file's name even for a directory.
+    monkeypatch.setattr("diffusers.loaders.lora_base.HF_HUB_OFFLINE", False)
+    trainer = make_trainer(max_steps=3, learning_rate=0.1, ema_decay=trained_ema)
+    config = trainer.policy.denoiser.peft_config["default"]
+    assert config.lora_alpha != config.r
+    trainer.train()
+    trainer.save_model()
+    run = str(make_trainer.directory / "run")
+
+    def picture(pipeline):
+        latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(9))
+        return pipeline(
+            ["a red circle", "two square"],
+            latents=latents,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            max_sequence_length=2,
+            output_type="pt",
+        ).images
+
+    with trainer.averaged_weights():
+        expected = picture(trainer.policy.pipeline)
+
+    def fresh():
+        pipeline = tiny_sd3()
+        # Whether weights are frozen decides which attention kernel torch takes in the VAE: a matter of the last bit.
+        pipeline.vae.requires_grad_(False)
+        return pipeline
+
+    assert not torch.equal(expected, picture(fresh()))
+    by_diffusers = fresh()
+    by_diffusers.load_lora_weights(run)
+    assert torch.equal(picture(by_diffusers), expected)
+
+    by_peft = fresh()
+    by_peft.transformer = PeftModel.from_pretrained(by_peft.transformer, run).get_base_model()
+    assert torch.equal(picture(by_peft), expected)
+
+
+def test_the_card_is_ours(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    trainer.save_model()
+    card = (make_trainer.directory / "run" / "README.md").read_text()
+    assert "Flow-GRPO" in card and "2505.05470" in card and "load_lora_weights" in card
