@@ -79,7 +79,9 @@ def test_resume_is_bit_exact(make_trainer, trainer_class, config_class, settings
     numbers = [{k: v for k, v in entry.items() if "time" not in k} for entry in straight.state.log_history[:UPDATES]]
     for k in stops:
         resumed = make_trainer(
-            trainer_class, config_class, **settings, output_dir=str(make_trainer.directory / f"resumed-{k}")
+            trainer_class,
+            config_class,
+            **{**settings, "save_steps": UPDATES, "output_dir": str(make_trainer.directory / f"resumed-{k}")},
         )
         torch.manual_seed(1000 + k)  # a new process has another random state
         resumed.train(resume_from_checkpoint=str(run / f"checkpoint-{k}"))

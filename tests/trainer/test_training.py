@@ -598,7 +598,18 @@ def test_groups_without_any_difference_are_counted_and_cost_no_training(make_tra
 # ---- Guidance, precision, memory ----
 
 
-@pytest.mark.parametrize("settings", [{"guidance_scale": 4.5}, {"gradient_checkpointing": True}, {"bf16": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guidance_scale": 4.5},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+        {"sde_type": "cps"},
+        {"sde_type": "dance", "noise_level": [0.9, 0.6, 0.3, 0.0]},
+        {"scale_rewards": "batch"},
+    ],
+    ids=str,
+)
 def test_other_settings_train_too(make_trainer, settings):
     trainer = make_trainer(max_steps=2, **settings)
     trainer.train()
