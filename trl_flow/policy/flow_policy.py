@@ -111,7 +111,7 @@ class FlowPolicy(nn.Module):
         elif peft_config.target_modules is None:
             peft_config = copy.copy(peft_config)
             peft_config.target_modules = set(self.family.lora_target_modules)
-        self.denoiser = get_peft_model(getattr(pipeline, self.family.component), peft_config)
+        self.denoiser = get_peft_model(getattr(pipeline, self.family.component), peft_config).eval()
 
         # Shallow copies: the same components and settings, each with a scheduler of its own.
         self._query = copy.copy(pipeline)

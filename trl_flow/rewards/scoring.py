@@ -149,7 +149,7 @@ def check_rewards(
 
 
 def is_async(function: Callable) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _as_scores(result, name: str, expected: int) -> list[float]:

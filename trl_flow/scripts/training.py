@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
+from transformers import TrainerCallback
 
 from .. import __version__
 from .arguments import FlowScriptArguments
@@ -171,18 +172,6 @@ def write_config(config: dict[str, Any], command: str) -> Path:
     return path
 
 
-def check_output_dir(output_dir: str) -> None:
-    """Refuse a directory that holds another run, whose files a new run would mix with its own."""
-    directory = Path(output_dir)
-    traces = ["run.json", "config.yaml", "trainer_state.json", "adapter_config.json", "checkpoint-*"]
-    found = [path.name for trace in traces for path in sorted(directory.glob(trace))]
-    if found:
-        raise ValueError(
-            f"output_dir={output_dir} already holds a run ({', '.join(found[:3])}). Continue it with "
-            "`--resume_from_checkpoint true`, or choose another --output_dir."
-        )
-
-
 def default_rewards(script_args: FlowScriptArguments) -> list[str]:
     """The rewards that were asked for; the embedded world brings its own."""
     if script_args.reward_funcs:
@@ -210,14 +199,15 @@ def run_training(trainer_class: type, command: str, script_args: FlowScriptArgum
     resume = training_args.resume_from_checkpoint
     resume = {"true": True, "false": None, "none": None, "": None}.get(str(resume).lower(), resume)
     if training_args.process_index == 0 and resume is None:
+        from ..trainer.saving import check_output_dir
+
         check_output_dir(training_args.output_dir)
     script_args.reward_funcs = default_rewards(script_args)
     config = resolved_config(script_args, training_args)
 
     trainer = make_trainer(trainer_class, script_args, training_args)
-    if trainer.is_world_process_zero():
-        write_config(config, command)
-
+    # When training begins, and not before: what is refused leaves no trace.
+    trainer.add_callback(_WriteConfig(config, command))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -228,6 +218,17 @@ def run_training(trainer_class: type, command: str, script_args: FlowScriptArgum
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}")
     trainer.end()
+
+
+class _WriteConfig(TrainerCallback):
+    """Writes the run's `config.yaml` when training begins."""
+
+    def __init__(self, config: dict[str, Any], command: str):
+        self.config, self.command = config, command
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_config(self.config, self.command)
 
 
 def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training_args: Any):

@@ -14,6 +14,7 @@
 
 """What a trainer is given: loaded, and refused with a reason where it cannot work."""
 
+import itertools
 from collections.abc import Callable
 
 from datasets import Dataset
@@ -22,14 +23,14 @@ from ..prompts import PROMPT_SETS, load_prompts
 from ..rewards import load_reward, reward_name
 
 
-def load_rewards(rewards, argument: str) -> tuple[list[str], list[Callable]]:
+def load_rewards(rewards, taken: list[str] = ()) -> tuple[list[str], list[Callable]]:
+    """Names and functions of the rewards. Names differ from each other and from those `taken`."""
     rewards = rewards if isinstance(rewards, (list, tuple)) else [rewards]
-    if not rewards and argument == "reward_funcs":
-        raise ValueError("reward_funcs is empty: expected at least one reward function or name.")
     names = []
     for reward in rewards:
         name = reward_name(reward)
-        names.append(name if name not in names else f"{name}_{sum(n.startswith(name) for n in names) + 1}")
+        candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        names.append(next(candidate for candidate in candidates if candidate not in {*names, *taken}))
     return names, [load_reward(reward) for reward in rewards]
 
 

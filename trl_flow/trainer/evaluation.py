@@ -65,6 +65,7 @@ class EvaluationMixin:
         mine = range(args.process_index, len(dataset), args.world_size)
         scores, images = [], {}
         self.model.eval()
+        self._metrics["eval"].clear()
         with self.averaged_weights():
             for start in range(0, len(mine), args.rollout_batch_size):
                 numbers = mine[start : start + args.rollout_batch_size]
@@ -95,7 +96,6 @@ class EvaluationMixin:
         scores = ranks.transpose(0, 1).flatten(0, 1)[: len(dataset)]
         self._save_samples(dataset, names, scores, images)
 
-        self._metrics["eval"].clear()
         trained = combine_rewards(scores[:, None, : len(self.reward_funcs)], self.reward_weights)[:, 0]
         metrics = {
             f"{metric_key_prefix}_reward": trained.nanmean().item(),

@@ -347,7 +347,7 @@ class FlowGRPOConfig(_BaseConfig):
 
         A configuration of another method is refused: its own fields would be ignored in silence.
         """
-        if isinstance(config, cls):
+        if type(config) is cls or (cls is not FlowGRPOConfig and isinstance(config, cls)):
             return config
         if type(config) is not FlowGRPOConfig:
             raise ValueError(f"args is a {type(config).__name__}: expected a {cls.__name__} or a FlowGRPOConfig.")

@@ -45,7 +45,7 @@ from .evaluation import EvaluationMixin
 from .flow_grpo_config import FlowGRPOConfig
 from .noise_table import load_noise_table
 from .sampler import EpochRepeatSampler
-from .saving import SavingMixin
+from .saving import SavingMixin, check_output_dir
 from .transitions import select_transitions, transition_chunks
 
 
@@ -125,8 +125,10 @@ class FlowGRPOTrainer(EvaluationMixin, SavingMixin, _BaseTrainer):
         self.args = args = self._config_class.from_config(args)
 
         # Rewards
-        self.reward_names, self.reward_funcs = load_rewards(reward_funcs, "reward_funcs")
-        self.eval_reward_names, self.eval_reward_funcs = load_rewards(eval_reward_funcs or [], "eval_reward_funcs")
+        self.reward_names, self.reward_funcs = load_rewards(reward_funcs)
+        if not self.reward_funcs:
+            raise ValueError("reward_funcs is empty: expected at least one reward function or name.")
+        self.eval_reward_names, self.eval_reward_funcs = load_rewards(eval_reward_funcs or [], self.reward_names)
         weights = [1.0] * len(self.reward_funcs) if args.reward_weights is None else args.reward_weights
         if len(weights) != len(self.reward_funcs):
             raise ValueError(
@@ -342,7 +344,8 @@ class FlowGRPOTrainer(EvaluationMixin, SavingMixin, _BaseTrainer):
                 )
             scores.append(values.unflatten(0, (len(part), len(plan.leaves))))
         rewards = torch.cat(scores)  # (B, L, R)
-        if rewards.isnan().all():
+        # Counted over all processes: one of them alone must not leave the others waiting.
+        if self._gather((~rewards.isnan()).sum()[None]).sum() == 0:
             raise NothingToLearnError(
                 f"None of the reward functions ({', '.join(self.reward_names)}) has a score for any of the "
                 f"{rewards.shape[0] * rewards.shape[1]} pictures of step {self.state.global_step}: there is nothing to "
@@ -622,8 +625,12 @@ class FlowGRPOTrainer(EvaluationMixin, SavingMixin, _BaseTrainer):
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True, but {self.args.output_dir} holds no checkpoint.")
-        self.check_output_dir(resume_from_checkpoint or None)
+        if resume_from_checkpoint:
+            self.check_checkpoint(resume_from_checkpoint)
+        elif self.is_world_process_zero():
+            check_output_dir(self.args.output_dir)
         self.check_reward_functions()
+        self.write_run_file()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self.eval_dataset is not None and self.last_evaluation() != self.state.global_step:
             self.evaluate()

@@ -29,39 +29,47 @@ from ..hub import create_model_card, save_adapter
 RUN_FILE = "run.json"
 
 
+def check_output_dir(output_dir: str):
+    """Refuses a directory that holds a run: a new one would mix its files with the old one's."""
+    file = Path(output_dir) / RUN_FILE
+    if file.is_file():
+        raise ValueError(
+            f"output_dir={output_dir} holds another run ({json.loads(file.read_text())['method']}). Choose another "
+            "directory, or go on with that run: resume_from_checkpoint=True."
+        )
+
+
 class SavingMixin:
     """The part of the trainer that saves and resumes."""
 
     def last_evaluation(self) -> int | None:
         return next((entry["step"] for entry in reversed(self.state.log_history) if "eval_reward" in entry), None)
 
-    def check_output_dir(self, checkpoint: str | None):
-        run = {
-            "method": self._name,
-            "base_model": self.base_model,
-            "rewards": self.reward_names,
-            "eval_rewards": self.eval_reward_names,
-        }
-        file = Path(self.args.output_dir) / RUN_FILE
-        if checkpoint is not None:
-            state = Path(checkpoint) / f"rollout_state_{self.args.process_index}.pt"
-            if not state.is_file():
-                raise ValueError(
-                    f"resume_from_checkpoint={checkpoint}: it holds no {state.name}, so it is not a checkpoint of this "
-                    "library (or was made with fewer processes)."
-                )
-            method = torch.load(state, weights_only=True, map_location="cpu")["method"]
-            if method != self._name:
-                raise ValueError(
-                    f"resume_from_checkpoint={checkpoint} is a checkpoint of {method}, but this trainer is "
-                    f"{self._name}. Resume it with its own trainer."
-                )
-        elif file.is_file():
+    def check_checkpoint(self, checkpoint: str):
+        """Refuses a checkpoint that is not one of this method."""
+        state = Path(checkpoint) / f"rollout_state_{self.args.process_index}.pt"
+        if not state.is_file():
             raise ValueError(
-                f"output_dir={self.args.output_dir} holds another run ({json.loads(file.read_text())['method']}). "
-                "Choose another directory, or go on with that run: train(resume_from_checkpoint=True)."
+                f"resume_from_checkpoint={checkpoint}: it holds no {state.name}, so it is not a checkpoint of this "
+                "library (or was made with fewer processes)."
             )
+        method = torch.load(state, weights_only=True, map_location="cpu")["method"]
+        if method != self._name:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint} is a checkpoint of {method}, but this trainer is "
+                f"{self._name}. Resume it with its own trainer."
+            )
+
+    def write_run_file(self):
+        """Marks `output_dir` as taken by this run."""
         if self.is_world_process_zero():
+            run = {
+                "method": self._name,
+                "base_model": self.base_model,
+                "rewards": self.reward_names,
+                "eval_rewards": self.eval_reward_names,
+            }
+            file = Path(self.args.output_dir) / RUN_FILE
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(run, indent=2) + "\n")
 

@@ -61,7 +61,7 @@ def transition_chunks(
     informative = (inputs["advantages"] != 0).cpu()
     if not skip_uninformative or not informative.any():
         informative = torch.full_like(informative, not skip_uninformative)
-        informative[0, 0] = True
+        informative[0, 0, 0] = True
     for s, step in enumerate(inputs["steps"].tolist()):
         parents, of_member = inputs["parents"][s].unique(return_inverse=True)
         rows = [
