@@ -40,12 +40,14 @@ class MakeShapesArguments:
     num_pictures: int = field(default=24_576, metadata={"help": "Number of rendered pictures to train on."})
     vae_steps: int = field(default=1500, metadata={"help": "Updates of the VAE, on 64 pictures each."})
     steps: int = field(
-        default=8000, metadata={"help": "Largest number of updates of the transformer, on 128 pictures each."}
+        default=5250,
+        metadata={"help": "Updates of the transformer, on 128 pictures each, at a constant learning rate."},
     )
-    stop_at: float = field(
-        default=0.45,
+    final_steps: int = field(
+        default=1500,
         metadata={
-            "help": "Strict score on training prompts at which to stop, to leave headroom for reinforcement learning."
+            "help": "Further updates with a decaying learning rate. It stops early on purpose: reinforcement learning "
+            "is to have something left to do."
         },
     )
     check_every: int = field(default=250, metadata={"help": "Updates between two measurements of that score."})
@@ -64,7 +66,7 @@ def main(script_args: MakeShapesArguments):
         num_pictures=script_args.num_pictures,
         vae_steps=script_args.vae_steps,
         steps=script_args.steps,
-        stop_at=script_args.stop_at,
+        final_steps=script_args.final_steps,
         check_every=script_args.check_every,
     )
     print(f"Wrote {script_args.output_dir} ({report['megabytes']} MiB) in {report['minutes']} minutes.")

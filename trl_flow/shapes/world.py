@@ -48,8 +48,8 @@ from .rewards import shapes_partial, shapes_strict
 
 VAE_BATCH = 64
 TRANSFORMER_BATCH = 128
-LEARNING_RATE = 5e-3
-EMA_DECAY = 0.997
+LEARNING_RATE, EMA_DECAY = 5e-3, 0.997
+FINAL_LEARNING_RATE, FINAL_EMA_DECAY = 3e-3, 0.99  # the second phase decays from here to 0
 CAPTION_DROPOUT = 0.1
 TEXT_WIDTH = 48
 MAX_TOKENS = 9  # the longest prompts have seven words, and there is a token before and after
@@ -240,82 +240,94 @@ def train_pipeline(
     prompts: list[str],
     pixels: torch.Tensor,
     steps: int,
+    final_steps: int,
     generator: torch.Generator,
-    stop_at: float = 1.0,
     check_every: int = 250,
     on_check=None,
 ) -> dict[str, float]:
     """Trains transformer and text encoders together with flow matching (Stable Diffusion 3, section 3.1), on captions.
+
+    In two phases: a constant learning rate, fast and noisy, then from its moving average on one that decays to 0.
 
     Args:
         pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
             From [`build_pipeline`]; afterwards it holds the moving average of the weights.
         prompts (`list[str]`), pixels (`torch.Tensor` of shape `(n, 3, 32, 32)`):
             Captioned pictures in [-1, 1].
-        steps (`int`):
-            Largest number of updates on 128 pictures.
+        steps, final_steps (`int`):
+            Number of updates of the two phases, on 128 pictures each.
         generator (`torch.Generator`):
             Source of all randomness.
-        stop_at (`float`, *optional*, defaults to `1.0`):
-            Strict score on training prompts at which to stop.
         check_every (`int`, *optional*, defaults to `250`):
             Number of updates between two measurements of the score.
         on_check (`Callable`, *optional*):
-            Called with the pipeline and its scores after each measurement.
+            Called with the number of updates and the scores after each measurement.
 
     Returns:
-        `dict[str, float]`: the last measurement, see [`measure`].
+        `dict[str, float]`: the last measurement on training prompts, see [`measure`].
     """
-    device = pipeline.device
-    vae, scheduler = pipeline.vae, pipeline.scheduler
+    vae = pipeline.vae
     latents = (encode(vae, pixels) - vae.config.shift_factor) * vae.config.scaling_factor
     trained = torch.nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]).train()
-    average = torch.optim.swa_utils.AveragedModel(
-        trained, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
-    )
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=100)
-    scores = {}
-    progress = tqdm(range(1, steps + 1), desc="Training the transformer")
-    for step in progress:
-        rows = torch.randint(len(latents), (TRANSFORMER_BATCH,), generator=generator)
-        dropped = torch.rand(TRANSFORMER_BATCH, generator=generator) < CAPTION_DROPOUT
-        captions = ["" if drop else prompts[row] for row, drop in zip(rows.tolist(), dropped.tolist(), strict=True)]
-        embeds, _, pooled, _ = pipeline.encode_prompt(
-            captions, None, None, do_classifier_free_guidance=False, max_sequence_length=1
+    scores, done = {}, 0
+    progress = tqdm(total=steps + final_steps, desc="Training the transformer")
+    for phase_steps, learning_rate, decay, decays in (
+        (steps, LEARNING_RATE, EMA_DECAY, False),
+        (final_steps, FINAL_LEARNING_RATE, FINAL_EMA_DECAY, True),
+    ):
+        average = torch.optim.swa_utils.AveragedModel(
+            trained, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
         )
-        # Logit-normal time, moved towards noise just as the scheduler's shift moves the grid of inference.
-        time = torch.randn(TRANSFORMER_BATCH, generator=generator).sigmoid()
-        sigma = (scheduler.config.shift * time / (1 + (scheduler.config.shift - 1) * time)).to(device)
-        noise = torch.randn(latents[rows].shape, generator=generator).to(device)
-        clean = latents[rows].to(device)
-        broad = sigma[:, None, None, None]
-        velocity = pipeline.transformer(
-            hidden_states=(1 - broad) * clean + broad * noise,
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-            timestep=sigma * scheduler.config.num_train_timesteps,
-            return_dict=False,
-        )[0]
-        loss = (velocity - (noise - clean)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        warmup.step()
-        average.update_parameters(trained)
-        progress.set_postfix(loss=f"{loss.item():.3f}", **scores, refresh=False)
-        if step % check_every == 0 or step == steps:
-            kept = {name: value.clone() for name, value in trained.state_dict().items()}
-            trained.load_state_dict(average.module.state_dict())
-            scores = measure(pipeline, shapes_dataset("train", 192, seed=1)["prompt"])
-            if on_check is not None:
-                on_check(step, scores)
-            if step == steps or scores["strict"] >= stop_at:
-                break
-            trained.load_state_dict(kept)
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / 100, 1) * (1 - step / phase_steps if decays else 1)
+        )
+        for step in range(1, phase_steps + 1):
+            loss = _flow_matching_loss(pipeline, prompts, latents, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(trained)
+            done += 1
+            progress.update()
+            progress.set_postfix(loss=f"{loss.item():.3f}", **scores, refresh=False)
+            if step % check_every == 0 or step == phase_steps:
+                kept = {name: value.clone() for name, value in trained.state_dict().items()}
+                trained.load_state_dict(average.module.state_dict())
+                scores = measure(pipeline, shapes_dataset("train", 192, seed=1)["prompt"])
+                if on_check is not None:
+                    on_check(done, scores)
+                if step < phase_steps:
+                    trained.load_state_dict(kept)
     trained.eval().requires_grad_(False)
-    return {"updates": step, **scores}
+    return scores
+
+
+def _flow_matching_loss(pipeline, prompts, latents, generator) -> torch.Tensor:
+    """Mean squared error of the velocity on a random batch."""
+    device, shift = pipeline.device, pipeline.scheduler.config.shift
+    rows = torch.randint(len(latents), (TRANSFORMER_BATCH,), generator=generator)
+    dropped = torch.rand(TRANSFORMER_BATCH, generator=generator) < CAPTION_DROPOUT
+    captions = ["" if drop else prompts[row] for row, drop in zip(rows.tolist(), dropped.tolist(), strict=True)]
+    embeds, _, pooled, _ = pipeline.encode_prompt(
+        captions, None, None, do_classifier_free_guidance=False, max_sequence_length=1
+    )
+    # Logit-normal time, moved towards noise just as the scheduler's shift moves the grid of inference.
+    time = torch.randn(TRANSFORMER_BATCH, generator=generator).sigmoid()
+    sigma = (shift * time / (1 + (shift - 1) * time)).to(device)
+    noise = torch.randn(latents[rows].shape, generator=generator).to(device)
+    clean = latents[rows].to(device)
+    broad = sigma[:, None, None, None]
+    velocity = pipeline.transformer(
+        hidden_states=(1 - broad) * clean + broad * noise,
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+        timestep=sigma * pipeline.scheduler.config.num_train_timesteps,
+        return_dict=False,
+    )[0]
+    return (velocity - (noise - clean)).square().mean()
 
 
 def generate(pipeline: StableDiffusion3Pipeline, prompts: list[str], seed: int = 0, **settings) -> list:
@@ -343,8 +355,8 @@ def make_world(
     device: torch.device | str = "cpu",
     num_pictures: int = 24_576,
     vae_steps: int = 1500,
-    steps: int = 8000,
-    stop_at: float = 0.45,
+    steps: int = 5250,
+    final_steps: int = 1500,
     check_every: int = 250,
 ) -> dict[str, float]:
     """Makes the whole world from a seed and writes it as a pipeline folder with a model card.
@@ -360,10 +372,9 @@ def make_world(
             Number of rendered pictures to train on.
         vae_steps (`int`, *optional*, defaults to `1500`):
             Updates of the VAE.
-        steps (`int`, *optional*, defaults to `8000`):
-            Largest number of updates of transformer and text encoders.
-        stop_at (`float`, *optional*, defaults to `0.45`):
-            Strict score on training prompts at which to stop, to leave headroom for reinforcement learning.
+        steps (`int`, *optional*, defaults to `5250`), final_steps (`int`, *optional*, defaults to `1500`):
+            Updates of transformer and text encoders in the two phases of [`train_pipeline`]. It stops early on
+            purpose: reinforcement learning is to have something left to do.
         check_every (`int`, *optional*, defaults to `250`):
             Updates between two measurements of that score.
 
@@ -378,17 +389,17 @@ def make_world(
     vae = train_vae(pixels, vae_steps, torch.Generator().manual_seed(seed), device)
     torch.manual_seed(seed)
     pipeline = build_pipeline(vae).to(device)
-    training = train_pipeline(
+    train_pipeline(
         pipeline,
         prompts,
         pixels,
         steps,
+        final_steps,
         torch.Generator().manual_seed(seed),
-        stop_at=stop_at,
         check_every=check_every,
         on_check=lambda step, scores: tqdm.write(f"after {step} updates, on training prompts: {scores}"),
     )
-    return store(pipeline, output_dir, seed, training["updates"], minutes=(time.monotonic() - start) / 60)
+    return store(pipeline, output_dir, seed, steps + final_steps, minutes=(time.monotonic() - start) / 60)
 
 
 def store(
