@@ -50,7 +50,7 @@ def blur_and_noise(pixels, generator):
 @pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_renders_are_recognised(count):
     accuracy, milliseconds = strict_accuracy(count)
-    print(f"clean: strict {accuracy:.4f} of {count}, {milliseconds:.3f} ms a picture")
+    print(f"clean: strict {accuracy:.4f} of {count}, {milliseconds:.3f} ms a picture")  # noqa: T201
     assert accuracy >= 0.99
     assert milliseconds < 1
 
@@ -58,7 +58,7 @@ def test_renders_are_recognised(count):
 @pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_noisy_and_blurred_renders_are_recognised(count):
     accuracy, milliseconds = strict_accuracy(count, blur_and_noise)
-    print(f"blur 0.5 px and noise 12: strict {accuracy:.4f} of {count}, {milliseconds:.3f} ms a picture")
+    print(f"blur 0.5 px and noise 12: strict {accuracy:.4f} of {count}, {milliseconds:.3f} ms a picture")  # noqa: T201
     assert accuracy >= 0.97
 
 

@@ -28,7 +28,7 @@ class MakeShapesArguments:
     """
     Arguments of `trl-flow make-shapes`.
 
-    The packaged pipeline was made with the defaults.
+    The defaults are the recipe of the packaged pipeline.
     """
 
     output_dir: str = field(default="shapes-pipeline", metadata={"help": "Folder to write the pipeline to."})
@@ -50,7 +50,8 @@ class MakeShapesArguments:
             "is to have something left to do."
         },
     )
-    check_every: int = field(default=250, metadata={"help": "Updates between two measurements of that score."})
+    check_every: int = field(default=250, metadata={"help": "Updates between two measurements on training prompts."})
+    num_prompts: int = field(default=480, metadata={"help": "Number of test prompts to measure the result on."})
 
 
 def main(script_args: MakeShapesArguments):
@@ -68,6 +69,7 @@ def main(script_args: MakeShapesArguments):
         steps=script_args.steps,
         final_steps=script_args.final_steps,
         check_every=script_args.check_every,
+        num_prompts=script_args.num_prompts,
     )
     print(f"Wrote {script_args.output_dir} ({report['megabytes']} MiB) in {report['minutes']} minutes.")
     print(f"Test prompts, guidance 1, 10 steps: strict {report['strict']:.3f}, partial {report['partial']:.3f}")

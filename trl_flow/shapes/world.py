@@ -280,7 +280,8 @@ def train_pipeline(
         )
         optimizer = torch.optim.AdamW(trained.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / 100, 1) * (1 - step / phase_steps if decays else 1)
+            optimizer,
+            lambda step, length=phase_steps, decays=decays: min((step + 1) / 100, 1) * (1 - step / length * decays),
         )
         for step in range(1, phase_steps + 1):
             loss = _flow_matching_loss(pipeline, prompts, latents, generator)
@@ -358,6 +359,7 @@ def make_world(
     steps: int = 5250,
     final_steps: int = 1500,
     check_every: int = 250,
+    num_prompts: int = 480,
 ) -> dict[str, float]:
     """Makes the whole world from a seed and writes it as a pipeline folder with a model card.
 
@@ -376,7 +378,9 @@ def make_world(
             Updates of transformer and text encoders in the two phases of [`train_pipeline`]. It stops early on
             purpose: reinforcement learning is to have something left to do.
         check_every (`int`, *optional*, defaults to `250`):
-            Updates between two measurements of that score.
+            Updates between two measurements of the score on training prompts.
+        num_prompts (`int`, *optional*, defaults to `480`):
+            Number of test prompts to measure the result on.
 
     Returns:
         `dict[str, float]`: what the stored pipeline reaches on the test prompts, and how fast it is.
@@ -399,11 +403,23 @@ def make_world(
         check_every=check_every,
         on_check=lambda step, scores: tqdm.write(f"after {step} updates, on training prompts: {scores}"),
     )
-    return store(pipeline, output_dir, seed, steps + final_steps, minutes=(time.monotonic() - start) / 60)
+    return store(
+        pipeline,
+        output_dir,
+        seed,
+        steps + final_steps,
+        minutes=(time.monotonic() - start) / 60,
+        num_prompts=num_prompts,
+    )
 
 
 def store(
-    pipeline: StableDiffusion3Pipeline, output_dir: str | Path, seed: int, updates: int, minutes: float
+    pipeline: StableDiffusion3Pipeline,
+    output_dir: str | Path,
+    seed: int,
+    updates: int,
+    minutes: float,
+    num_prompts: int = 480,
 ) -> dict[str, float]:
     """Writes a trained pipeline in half precision, measures what was written, and describes it in a model card.
 
@@ -414,6 +430,8 @@ def store(
             Folder for it.
         seed (`int`), updates (`int`), minutes (`float`):
             How it was made, for the model card.
+        num_prompts (`int`, *optional*, defaults to `480`):
+            Number of test prompts to measure it on.
 
     Returns:
         `dict[str, float]`: what the stored pipeline reaches on the test prompts, and how fast it is.
@@ -421,12 +439,16 @@ def store(
     output_dir = Path(output_dir)
     device = pipeline.device
     pipeline.to(dtype=torch.float16).save_pretrained(output_dir)
-    # The weights are stored in half precision and load in single: transformers would take the dtype from here, where
-    # diffusers doesn't, and the pipeline would be of two minds.
-    for config in output_dir.glob("text_encoder*/config.json"):
-        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for file in (output_dir / "model_index.json", *output_dir.glob("*/config.json")):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # a folder of the machine it was made on
+        # The weights are stored in half precision and load in single: transformers would take the dtype from here,
+        # where diffusers doesn't, and the pipeline would be of two minds.
+        if "dtype" in config:
+            config["dtype"] = "float32"
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     stored = StableDiffusion3Pipeline.from_pretrained(output_dir).to(device)
-    test_prompts = shapes_dataset("test", 480)["prompt"]
+    test_prompts = shapes_dataset("test", num_prompts)["prompt"]
     scores = measure(stored, test_prompts)
     guided = measure(stored, test_prompts, guidance_scale=3.0, num_inference_steps=28)
     report = {
@@ -434,6 +456,7 @@ def store(
         "guided_partial": guided["partial"],
         "guided_strict": guided["strict"],
         "rows_per_second": round(rows_per_second(stored)),
+        "num_prompts": num_prompts,
         "updates": updates,
         "minutes": round(minutes, 1),
         "megabytes": round(sum(file.stat().st_size for file in output_dir.rglob("*") if file.is_file()) / 2**20, 2),
@@ -473,7 +496,8 @@ tags: [trl-flow, shapes]
 A miniature Stable Diffusion 3 pipeline that draws circles, squares and triangles in eight colours, 32x32 pixels, from
 prompts such as "a red circle and a blue square" or "three green triangles". It is the embedded example and test bench of
 trl-flow: a real `StableDiffusion3Pipeline` (MMDiT of four blocks, KL-VAE, two CLIP text encoders with a word-level
-vocabulary, T5 left silent), small enough to be trained with reinforcement learning in minutes on a CPU. It knows nothing but shapes.
+vocabulary, T5 left silent), small enough to be trained with reinforcement learning in minutes on a CPU. It knows nothing
+but shapes.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -490,7 +514,7 @@ says nothing and is there because a pipeline folder must have one.
 
 ## Measured
 
-480 test prompts, the six tags of GenEval in equal parts, one picture each. `strict` is GenEval's exact rule (all that was
+{report["num_prompts"]} test prompts, the six tags of GenEval in equal parts, one picture each. `strict` is GenEval's exact rule (all that was
 asked for and nothing else), `partial` gives credit for parts.
 
 | settings | strict | partial |
