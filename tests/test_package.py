@@ -49,13 +49,11 @@ def run_python(code):
 
 def test_import_brings_nothing_heavy():
     code = (
-        "import sys, time; start = time.perf_counter(); import trl_flow, trl_flow.cli;"
-        "print(time.perf_counter() - start, *[name for name in "
+        "import sys; import trl_flow, trl_flow.cli;"
+        "print(*[name for name in "
         "('torch', 'transformers', 'diffusers', 'trl', 'peft', 'datasets', 'numpy') if name in sys.modules])"
     )
-    seconds, *imported = run_python(code).split()
-    assert imported == []
-    assert float(seconds) < 0.1
+    assert run_python(code) == ""
 
 
 def test_public_names_are_those_of_their_modules():

@@ -23,9 +23,10 @@ from collections.abc import Callable
 import torch
 
 
-# Values of one group that differ by less than this are taken for equal. Gains are differences of rewards: equal gains
-# can differ by rounding, and the standard deviation of that rounding must not become an advantage of order one.
-ZERO_STD = 1e-9
+# A group whose standard deviation is below this share of its largest reward is taken for equal. Rewards are often float32
+# numbers, and gains are differences of rewards: the standard deviation of their rounding must not become an advantage of
+# order one.
+ZERO_STD = 1e-6
 
 
 def combine_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -115,9 +116,10 @@ def assign_credit(
         scores, factors = [combine_rewards(rewards, alone[r]) for r in used], [weights[r].item() for r in used]
     advantages, known, informative = 0.0, True, False
     for score, factor in zip(scores, factors, strict=True):
+        magnitude = score.nan_to_num().abs().amax(1)
         for value in credit(score[:, leaves]).unbind(-1):
             batch = gather(value) if gather is not None else None
-            advantage, mask = normalize(value, batch=batch, **normalization)
+            advantage, mask = normalize(value, batch=batch, magnitude=magnitude, **normalization)
             # A function that does not apply to a prompt takes nothing away from it.
             known = known & (~value.isnan() | score.isnan().all(1)[:, None, None])
             informative = informative | mask
@@ -127,7 +129,12 @@ def assign_credit(
 
 
 def normalize(
-    values: torch.Tensor, scale: str = "group", ddof: int = 0, eps: float = 1e-4, batch: torch.Tensor | None = None
+    values: torch.Tensor,
+    scale: str = "group",
+    ddof: int = 0,
+    eps: float = 1e-4,
+    batch: torch.Tensor | None = None,
+    magnitude: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Group-relative advantages: (value - group mean) / (std + eps), step by step (Flow-GRPO eq. 4; DenseGRPO eq. 10).
@@ -139,6 +146,8 @@ def normalize(
         ddof (`int`): 0 for the population standard deviation (Flow-GRPO), 1 for the sample's (DanceGRPO, G2RPO).
         eps (`float`): Added to the standard deviation.
         batch (`torch.Tensor` of shape `(B', S, G)`, *optional*): Values of the whole batch when `values` is a part.
+        magnitude (`torch.Tensor` of shape `(B,)`, *optional*): Size of the rewards that the values come from, whose
+            rounding is not to be taken for a difference. Defaults to that of the values.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Advantages `(B, S, G)` in float64, and a boolean mask of the same shape:
@@ -152,7 +161,9 @@ def normalize(
     count = valid.sum(-1, keepdim=True)
     centred = torch.where(valid, values - _mean(values, valid), 0.0)
     std = (centred.square().sum(-1, keepdim=True) / (count - ddof).clamp(min=1)).sqrt()
-    mask = valid & (count >= 2) & (std > ZERO_STD)
+    if magnitude is None:
+        magnitude = values.nan_to_num().abs().amax((1, 2))
+    mask = valid & (count >= 2) & (std > ZERO_STD * magnitude[:, None, None])
     if scale == "batch":
         batch = values if batch is None else batch.double()
         columns = batch.transpose(0, 1).flatten(1)  # (S, B' * G)

@@ -50,7 +50,13 @@ def load_prompts(
     if Path(name).is_file():
         if suffix not in _BUILDERS:
             raise ValueError(f"{name}: expected a file that ends in {', '.join(_BUILDERS)}.")
-        dataset = load_dataset(_BUILDERS[suffix], data_files=name, split=split)
+        try:
+            dataset = load_dataset(_BUILDERS[suffix], data_files=name, split=split)
+        except ValueError as error:
+            raise ValueError(
+                f"split={split!r} of {name}: a file has the split 'train' alone. Take parts of it, such as 'train[:90%]' "
+                "to train on and 'train[90%:]' to hold out."
+            ) from error
         if suffix == ".txt":
             dataset = dataset.rename_column("text", "prompt").filter(lambda row: row["prompt"].strip() != "")
     else:

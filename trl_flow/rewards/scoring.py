@@ -28,7 +28,7 @@ from PIL import Image
 logger = get_logger(__name__)
 
 
-class NothingToLearnError(RuntimeError):
+class NothingToLearnError(ValueError):
     """No sample of a batch has a score."""
 
 

@@ -40,7 +40,7 @@ class FlowScriptArguments:
         lora_target_modules (`list[str]`, *optional*):
             Names of the layers to adapt. By default those that suit the pipeline's family.
         reward_funcs (`list[str]`, *optional*):
-            Rewards to train on: names known to [`load_reward`], Hub ids, paths or dotted import paths. By default
+            Rewards to train on: names known to [`load_reward`], or dotted import paths. By default
             `shapes` when the model is `shapes`.
         eval_reward_funcs (`list[str]`, *optional*):
             Rewards that are measured at evaluation and never trained on.
@@ -110,7 +110,7 @@ class FlowScriptArguments:
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Rewards to train on: names known to `load_reward`, Hub ids, paths or dotted import paths. By "
+            "help": "Rewards to train on: names known to `load_reward`, or dotted import paths. By "
             "default `shapes` when the model is `shapes`."
         },
     )

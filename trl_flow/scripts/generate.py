@@ -193,9 +193,13 @@ def run_config(adapter: str | None, revision: str | None = None) -> dict:
 
 def sampling_arguments(pipeline: "DiffusionPipeline", args: GenerateArguments, config: dict) -> dict:
     """Arguments of the pipeline call: what was given, else what the adapter's run evaluated with."""
+    from ..policy import default_call_arguments
+
     names = ["num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length", "negative_prompt"]
     fallback = {name: config.get(name) for name in names}
     fallback["num_inference_steps"] = config.get("num_eval_inference_steps") or config.get("num_inference_steps")
+    for name, value in default_call_arguments(config.get("model_name_or_path") or args.model).items():
+        fallback[name] = fallback[name] if fallback[name] is not None else value
     accepted = inspect.signature(type(pipeline).__call__).parameters
     chosen = {}
     for name in names:
@@ -302,7 +306,11 @@ def main(args: GenerateArguments):
         "revision": args.model_revision or config.get("model_revision"),
     }
     if model == config.get("model_name_or_path"):
-        loading |= config.get("model_init_kwargs") or {}
+        kwargs = config.get("model_init_kwargs") or {}
+        if args.adapter is not None and not Path(args.adapter).is_dir():
+            # What could make code run is not taken from a stranger's config: name the model with --model instead.
+            kwargs = {name: value for name, value in kwargs.items() if name in ("variant", "use_safetensors")}
+        loading |= kwargs
     pipeline = load_pipeline(model, **loading)
     pipeline.to(args.device or _default_device())
     sampling = sampling_arguments(pipeline, args, config)

@@ -178,7 +178,9 @@ def default_rewards(script_args: FlowScriptArguments) -> list[str]:
         return script_args.reward_funcs
     if script_args.model_name_or_path == "shapes":
         return ["shapes"]
-    raise ValueError("reward_funcs is empty: name at least one reward to train on, e.g. `--reward_funcs pickscore`")
+    raise ValueError(
+        "reward_funcs is empty: name at least one reward to train on, e.g. `--reward_funcs my_rewards.score`"
+    )
 
 
 def run_training(trainer_class: type, command: str, script_args: FlowScriptArguments, training_args: Any) -> None:
@@ -195,6 +197,8 @@ def run_training(trainer_class: type, command: str, script_args: FlowScriptArgum
         training_args ([`FlowGRPOConfig`]):
             Config of the method.
     """
+    from ..policy import default_call_arguments
+
     quieten(progress_bars=script_args.model_name_or_path != "shapes")
     resume = training_args.resume_from_checkpoint
     resume = {"true": True, "false": None, "none": None, "": None}.get(str(resume).lower(), resume)
@@ -206,10 +210,11 @@ def run_training(trainer_class: type, command: str, script_args: FlowScriptArgum
     config = resolved_config(script_args, training_args)
 
     trainer = make_trainer(trainer_class, script_args, training_args)
+    # What the model asks for where nothing was said: the run is repeated with it.
+    config |= {name: trainer.policy.call_arguments[name] for name in default_call_arguments(trainer.base_model)}
     # When training begins, and not before: what is refused leaves no trace.
     trainer.add_callback(_WriteConfig(config, command))
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
     if trainer.is_world_process_zero():
         print_scores(trainer)
         print(f"\nReport:  {Path(training_args.output_dir, 'report.html')}")

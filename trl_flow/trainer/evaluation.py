@@ -96,7 +96,7 @@ class EvaluationMixin:
         scores = ranks.transpose(0, 1).flatten(0, 1)[: len(dataset)]
         self._save_samples(dataset, names, scores, images)
 
-        trained = combine_rewards(scores[:, None, : len(self.reward_funcs)], self.reward_weights)[:, 0]
+        trained = combine_rewards(scores[None, :, : len(self.reward_funcs)], self.reward_weights)[0]
         metrics = {
             f"{metric_key_prefix}_reward": trained.nanmean().item(),
             f"{metric_key_prefix}_num_samples": len(dataset),
@@ -128,5 +128,5 @@ class EvaluationMixin:
                 },
                 **({"extra": dict(self._extra_columns)} if self._extra_columns else {}),
             }
-            folder.with_suffix(".json").write_text(json.dumps(record))
+            folder.with_suffix(".json").write_text(json.dumps(record, default=str))
         self._extra_columns.clear()

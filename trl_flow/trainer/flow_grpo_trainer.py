@@ -14,6 +14,7 @@
 
 """Flow-GRPO, and the training loop of every method: a method overrides `plan()`, `credit()` and little else."""
 
+import copy
 import math
 import textwrap
 import time
@@ -122,7 +123,8 @@ class FlowGRPOTrainer(EvaluationMixin, SavingMixin, _BaseTrainer):
             name = model if isinstance(model, str) else type(model).__name__
             args = self._config_class(output_dir=f"{Path(name).name}-{self._name}")
         self._given_args = args
-        self.args = args = self._config_class.from_config(args)
+        # A copy: what is filled in below is not the caller's business.
+        self.args = args = copy.copy(self._config_class.from_config(args))
 
         # Rewards
         self.reward_names, self.reward_funcs = load_rewards(reward_funcs)
@@ -187,6 +189,7 @@ class FlowGRPOTrainer(EvaluationMixin, SavingMixin, _BaseTrainer):
         self._step_weights = dict(zip(self.sde_steps, step_weights(args.step_weighting, stds), strict=True))
 
         self._extra_columns = defaultdict(list)
+        self._saving_checkpoint = False
         self._last_reward_error = None
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._step = 0
@@ -345,7 +348,8 @@ class FlowGRPOTrainer(EvaluationMixin, SavingMixin, _BaseTrainer):
             scores.append(values.unflatten(0, (len(part), len(plan.leaves))))
         rewards = torch.cat(scores)  # (B, L, R)
         # Counted over all processes: one of them alone must not leave the others waiting.
-        if self._gather((~rewards.isnan()).sum()[None]).sum() == 0:
+        used = rewards[..., self.reward_weights != 0]
+        if self._gather((~used.isnan()).sum()[None]).sum() == 0:
             raise NothingToLearnError(
                 f"None of the reward functions ({', '.join(self.reward_names)}) has a score for any of the "
                 f"{rewards.shape[0] * rewards.shape[1]} pictures of step {self.state.global_step}: there is nothing to "
@@ -430,8 +434,9 @@ class FlowGRPOTrainer(EvaluationMixin, SavingMixin, _BaseTrainer):
         return scores
 
     def _log_extra(self, column: str, values: list):
-        """`log_extra` of TRL's reward functions: a column of the samples' table, written with the held-out scores."""
-        self._extra_columns[column].extend(values)
+        """`log_extra` of TRL's reward functions: a column that is written beside the held-out scores."""
+        if not self.model.training:
+            self._extra_columns[column].extend(values)
 
     def _log_metric(self, name: str, value: float):
         """`log_metric` of TRL's reward functions: a number that is averaged over a logging step."""
@@ -627,6 +632,7 @@ class FlowGRPOTrainer(EvaluationMixin, SavingMixin, _BaseTrainer):
                 raise ValueError(f"resume_from_checkpoint=True, but {self.args.output_dir} holds no checkpoint.")
         if resume_from_checkpoint:
             self.check_checkpoint(resume_from_checkpoint)
+            self.args.eval_on_start = False  # it has been done
         elif self.is_world_process_zero():
             check_output_dir(self.args.output_dir)
         self.check_reward_functions()
@@ -637,6 +643,7 @@ class FlowGRPOTrainer(EvaluationMixin, SavingMixin, _BaseTrainer):
         self.save_state()
         if self.is_world_process_zero() and self.state.log_history:
             write_report(self.args.output_dir)
+        self.save_model(_internal_call=True)  # saved, and pushed only when the user says so
         return result
 
 

@@ -34,8 +34,9 @@ def load_noise_table(path: str, sigmas: torch.Tensor, sde_type: str) -> list[flo
     """
     try:
         table = json.loads(Path(path).read_text())
-        levels, grid, made_for = table["noise_level"], table["sigmas"], table["sde_type"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        levels = [float(level) for level in table["noise_level"]]
+        grid, made_for = [float(sigma) for sigma in table["sigmas"]], table["sde_type"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a calibration file: {type(error).__name__} {error}.") from error
     if len(levels) != len(sigmas) - 1:
         raise ValueError(
@@ -51,4 +52,4 @@ def load_noise_table(path: str, sigmas: torch.Tensor, sde_type: str) -> list[flo
         raise ValueError(
             f"{path} was made for sde_type={made_for!r}, but sde_type={sde_type!r}. Set it to {made_for!r}."
         )
-    return [float(level) for level in levels]
+    return levels

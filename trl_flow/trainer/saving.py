@@ -88,11 +88,11 @@ class SavingMixin:
             self._ema.restore(parameters)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        # A checkpoint keeps the weights that training goes on from; what the user saves is what was evaluated.
-        with nullcontext() if _internal_call else self.averaged_weights():
+        # A checkpoint keeps the weights that training goes on from; anything else that is saved is what was evaluated.
+        with nullcontext() if self._saving_checkpoint else self.averaged_weights():
+            if not self._saving_checkpoint:
+                self.create_model_card()
             super().save_model(output_dir, _internal_call)
-        if not _internal_call:
-            self.create_model_card()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         if not self.args.should_save:
@@ -109,7 +109,11 @@ class SavingMixin:
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
+        self._saving_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_checkpoint = False
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         if os.path.isdir(folder):
             state = {
@@ -132,18 +136,24 @@ class SavingMixin:
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self._ema is not None:
+            # The evaluation that was best was one of the average.
+            self._load_average(self._rollout_state(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        state = torch.load(
-            os.path.join(checkpoint, f"rollout_state_{self.args.process_index}.pt"),
-            weights_only=True,
-            map_location=self.accelerator.device,
-        )
+        state = self._rollout_state(checkpoint)
         self._step, self._nfe, self._elapsed = state["step"], state["nfe"], state["elapsed"]
         self._buffered_inputs = state["buffered_inputs"]
+        self._load_average(state)
+
+    def _rollout_state(self, checkpoint: str) -> dict:
+        file = os.path.join(checkpoint, f"rollout_state_{self.args.process_index}.pt")
+        return torch.load(file, weights_only=True, map_location=self.accelerator.device)
+
+    def _load_average(self, state: dict):
         if self._ema is not None and state["ema"] is not None:
             self._ema.load_state_dict(state["ema"])
 
@@ -154,6 +164,8 @@ class SavingMixin:
         if not self.is_world_process_zero():
             return
         evaluations = [entry for entry in self.state.log_history if "eval_reward" in entry]
+        # "Before" is the base model: without an evaluation at step 0 there is none.
+        first = [("before", evaluations[0])] if evaluations and evaluations[0]["step"] == 0 else []
         create_model_card(
             self.args.output_dir,
             base_model=self.base_model,
@@ -172,7 +184,7 @@ class SavingMixin:
                     }
                     for name in self.reward_names + self.eval_reward_names
                 }
-                for when, entry in (("before", evaluations[0]), ("after", evaluations[-1]))
+                for when, entry in [*first, ("after", evaluations[-1])]
             }
             if evaluations
             else None,
@@ -180,6 +192,7 @@ class SavingMixin:
             call_arguments={
                 "num_inference_steps": self.args.num_eval_inference_steps,
                 **self.policy.call_arguments,
+                **({"negative_prompt": self.policy.negative_prompt} if self.policy.negative_prompt else {}),
             },
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
             model_name=model_name,
