@@ -327,7 +327,9 @@ def print_scores(trainer) -> None:
     count = next((entry["eval_num_samples"] for entry in reversed(log) if "eval_num_samples" in entry), None)
     table = Table(title=f"Held-out scores on {count} pictures", title_justify="left")
     table.add_column("reward")
-    for title in ("before", "after", "change, with its 95 % interval"):
+    first = next((entry["step"] for entry in log if "eval_num_samples" in entry), 0)
+    # "Before" is the base model; a run that first looked later says so.
+    for title in ("before" if first == 0 else f"step {first}", "after", "change, with its 95 % interval"):
         table.add_column(title, justify="right")
     scores, intervals = held_out_scores(log), paired_intervals(trainer.args.output_dir)
     for name in trainer.reward_names + trainer.eval_reward_names:

@@ -86,7 +86,6 @@ class EvaluationMixin:
                 scores.append(self.calculate_rewards(funcs, names, rows, pictures))
                 images |= {n: p for n, p in zip(numbers, pictures, strict=True) if n < args.num_logged_images}
                 self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
-        self.model.train()
 
         local = torch.full((math.ceil(len(dataset) / args.world_size), len(names)), math.nan, dtype=torch.float64)
         if scores:
@@ -94,7 +93,8 @@ class EvaluationMixin:
         # Ranks took the rows in turn: interleave them again.
         ranks = self._gather(local).unflatten(0, (args.world_size, -1))
         scores = ranks.transpose(0, 1).flatten(0, 1)[: len(dataset)]
-        self._save_samples(dataset, names, scores, images)
+        if dataset is self.eval_dataset:
+            self._save_samples(dataset, names, scores, images)
 
         trained = combine_rewards(scores[None, :, : len(self.reward_funcs)], self.reward_weights)[0]
         metrics = {
@@ -107,7 +107,9 @@ class EvaluationMixin:
             metrics[f"{metric_key_prefix}_rewards/{name}/std"] = known.std().item() if len(known) > 1 else None
             if len(known) < len(column):
                 metrics[f"{metric_key_prefix}_rewards/{name}/missing"] = len(column) - len(known)
+        metrics |= self.averaged_metrics("eval", f"{metric_key_prefix}_")
         self.log(metrics)
+        self.model.train()
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 

@@ -109,7 +109,8 @@ class FlowGRPOConfig(_BaseConfig):
             `"mean"` is Flow-GRPO's divergence of the step means without the step size, `"gaussian"` the true one,
             `"velocity"` the squared distance of the velocities.
         step_weighting (`str`, *optional*, defaults to `"none"`):
-            `"noise"` weights the loss of each step in proportion to its noise, which evens out the steps' gradients.
+            `"noise"` weights the policy loss of each step in proportion to its noise, which evens out the steps'
+            gradients. The KL term is not weighted.
         transition_batch_size (`int`, *optional*, defaults to `8`):
             Largest number of rows of one training forward. It bounds memory only.
         ema_decay (`float`, *optional*, defaults to `0.9`):
@@ -241,8 +242,8 @@ class FlowGRPOConfig(_BaseConfig):
     step_weighting: str = field(
         default="none",
         metadata={
-            "help": "`noise` weights the loss of each step in proportion to its noise, which evens out the steps' "
-            "gradients.",
+            "help": "`noise` weights the policy loss of each step in proportion to its noise, which evens out the "
+            "steps' gradients. The KL term is not weighted.",
             "choices": ["none", "noise"],
         },
     )

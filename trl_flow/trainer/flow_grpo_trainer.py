@@ -606,15 +606,19 @@ class FlowGRPOTrainer(EvaluationMixin, SavingMixin, _BaseTrainer):
         return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        prefix = "eval_" if mode == "eval" else ""
-        for key, values in self._metrics[mode].items():
-            known = [value for value in values if not math.isnan(value)]
-            logs[prefix + key] = sum(known) / len(known) if known else None
-        self._metrics[mode].clear()
-        if mode == "train":
+        if self.model.training:
+            logs |= self.averaged_metrics("train")
             logs |= {"nfe": self._nfe, "time/elapsed": self._elapsed}
         super().log(logs, start_time)
+
+    def averaged_metrics(self, mode: str, prefix: str = "") -> dict[str, float | None]:
+        """Means of what was noted since the last log; `None` where every value is NaN."""
+        metrics = {}
+        for key, values in self._metrics[mode].items():
+            known = [value for value in values if not math.isnan(value)]
+            metrics[prefix + key] = sum(known) / len(known) if known else None
+        self._metrics[mode].clear()
+        return metrics
 
     # ---- Runs: begin, save, resume ----
 

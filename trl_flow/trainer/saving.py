@@ -51,7 +51,7 @@ class SavingMixin:
         if not state.is_file():
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint}: it holds no {state.name}, so it is not a checkpoint of this "
-                "library (or was made with fewer processes)."
+                "library, or was made with fewer processes or with save_only_model=True."
             )
         method = torch.load(state, weights_only=True, map_location="cpu")["method"]
         if method != self._name:
@@ -115,7 +115,7 @@ class SavingMixin:
         finally:
             self._saving_checkpoint = False
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        if os.path.isdir(folder):
+        if os.path.isdir(folder) and not self.args.save_only_model:
             state = {
                 "method": self._name,
                 "step": self._step,
