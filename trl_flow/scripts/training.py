@@ -335,7 +335,7 @@ def print_scores(trainer) -> None:
     for name in trainer.reward_names + trainer.eval_reward_names:
         if name in scores:
             before, after = scores[name]
-            label = name if name in trainer.reward_names else f"{name} (not trained on)"
+            label = name if name in trainer.reward_names else f"{name} (watched)"
             change = f"{after - before:+.3f}" + (f" ± {intervals[name]:.3f}" if name in intervals else "")
             table.add_row(label, f"{before:.3f}", f"{after:.3f}", change)
     if table.row_count:

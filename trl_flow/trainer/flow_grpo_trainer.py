@@ -20,7 +20,7 @@ import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -35,25 +35,25 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
-from ..credit import assign_credit, combine_rewards, outcome
+from ..credit import outcome
 from ..objective import clipped_loss, kl_divergence, step_weights
 from ..policy import FlowPolicy, default_call_arguments, load_pipeline
 from ..report import ProgressLine, write_report
-from ..rewards import NothingToLearnError, check_rewards, score
-from ..rollout import Plan, chain_plan, coefficients, execute, log_prob, seeded_noise, transition
+from ..rollout import Plan, chain_plan, coefficients, log_prob, transition
 from .arguments import check_dataset, load_rewards, own_prompts
 from .evaluation import EvaluationMixin
 from .flow_grpo_config import FlowGRPOConfig
 from .noise_table import load_noise_table
+from .rollouts import RolloutMixin, timed
 from .sampler import EpochRepeatSampler
 from .saving import SavingMixin, check_output_dir
-from .transitions import select_transitions, transition_chunks
+from .transitions import transition_chunks
 
 
 RewardFunc = str | Callable[..., list[float | None]]
 
 
-class FlowGRPOTrainer(EvaluationMixin, SavingMixin, _BaseTrainer):
+class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
     """
     Trainer for Flow-GRPO, of the paper [Flow-GRPO: Training Flow Matching Models via Online
     RL](https://huggingface.co/papers/2505.05470).
@@ -288,182 +288,6 @@ class FlowGRPOTrainer(EvaluationMixin, SavingMixin, _BaseTrainer):
     def _coefficients(self, step: int) -> tuple[float, float]:
         return coefficients(*self.sigmas[step : step + 2].tolist(), self.noise_levels[step], self.args.sde_type)
 
-    def velocity(self, prompts: list[str]) -> Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]:
-        """The executor's view of the policy, for a batch of prompts."""
-        table = self.policy.conditioning(prompts)
-
-        def velocity(latents, sigma, prompt):
-            prompt = prompt.to(self.policy.device)
-            return self.model(latents, sigma, {name: value[prompt] for name, value in table.items()})
-
-        return velocity
-
-    def _generate_and_score(self, rows: list[dict]) -> list[dict]:
-        """Samples, scores and credits one rollout batch. Returns the micro-batches that it feeds, in training order."""
-        args, plan = self.args, self.plan()
-        prompts = [row["prompt"] for row in rows]
-        device = self.accelerator.device
-        # As many prompts at once as fill a forward: few large batches instead of many small ones.
-        prompts_per_sweep = max(1, args.rollout_batch_size // plan.width)
-        times = dict.fromkeys(("rollout", "decode", "reward"), 0.0)
-        nodes, scores = [], []
-        seen = defaultdict(int)
-        for start in range(0, len(rows), prompts_per_sweep):
-            part = prompts[start : start + prompts_per_sweep]
-            noise = []
-            for prompt in part:
-                noise.append(
-                    seeded_noise(
-                        args.seed,
-                        "train",
-                        self._step,
-                        prompt,
-                        seen[prompt],
-                        num_draws=plan.num_draws,
-                        latent_shape=self.policy.latent_shape,
-                    )
-                )
-                seen[prompt] += 1
-            with _timer(times, "rollout"):
-                rollout = execute(
-                    plan,
-                    self.velocity(part),
-                    self.sigmas,
-                    torch.stack(noise).to(device),
-                    self.noise_levels,
-                    args.sde_type,
-                    args.rollout_batch_size,
-                )
-            self._nfe += rollout.num_evaluations
-            nodes.append(torch.stack(list(rollout.nodes.values()), dim=1))
-            with _timer(times, "decode"):
-                images = self.decode(rollout.leaves.flatten(0, 1))
-            with _timer(times, "reward"):
-                values = self.calculate_rewards(
-                    self.reward_funcs,
-                    self.reward_names,
-                    [row for row in rows[start : start + len(part)] for _ in plan.leaves],
-                    images,
-                )
-            scores.append(values.unflatten(0, (len(part), len(plan.leaves))))
-        rewards = torch.cat(scores)  # (B, L, R)
-        # Counted over all processes: one of them alone must not leave the others waiting.
-        used = rewards[..., self.reward_weights != 0]
-        if self._gather((~used.isnan()).sum()[None]).sum() == 0:
-            raise NothingToLearnError(
-                f"None of the reward functions ({', '.join(self.reward_names)}) has a score for any of the "
-                f"{rewards.shape[0] * rewards.shape[1]} pictures of step {self.state.global_step}: there is nothing to "
-                "learn from."
-            ) from self._last_reward_error
-
-        leaf_position = {node: position for position, node in enumerate(plan.leaves)}
-        edges = [plan.transitions[step] for step in plan.steps]
-        leaves = torch.tensor([[[leaf_position[leaf] for leaf in e.leaves] for e in group] for group in edges])
-        advantages, mask = assign_credit(
-            rewards,
-            self.reward_weights,
-            leaves,
-            self.credit,
-            args.multi_objective_aggregation,
-            self._gather if args.scale_rewards == "batch" else None,
-            scale=args.scale_rewards,
-            **self._normalization,
-        )
-        advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
-        self._log_rollout(rewards, leaves, advantages, mask, plan, times)
-
-        position = {node: number for number, node in enumerate(rollout.nodes)}
-        everything = {
-            "nodes": torch.cat(nodes),
-            "advantages": advantages.float().to(device),
-            "steps": torch.tensor(plan.steps),
-            "parents": torch.tensor([[position[e.parent] for e in group] for group in edges]),
-            "children": torch.tensor([[position[e.child] for e in group] for group in edges]),
-            "prompts": prompts,
-            "old_log_probs": None,
-        }
-        # The part of the steps changes slowest: all prompts are trained at one part before the next.
-        parts = torch.arange(len(plan.steps)).chunk(self.updates_per_pass)
-        size = args.per_device_train_batch_size
-        micro_batches = [
-            select_transitions(everything, range(start, start + size), part)
-            for part in parts
-            for start in range(0, len(prompts), size)
-        ]
-        for number, micro_batch in enumerate(micro_batches):
-            # The first update is on-policy: exp(logp - logp.detach()) is exactly 1 and needs no second evaluation.
-            if number >= args.gradient_accumulation_steps:
-                micro_batch["old_log_probs"] = self._log_probs(micro_batch)
-        return micro_batches
-
-    def decode(self, latents: torch.Tensor) -> list:
-        """PIL pictures of clean latents `(n, *latent)`."""
-        return _to_pil(self.policy.decode(latents, self.args.rollout_batch_size))
-
-    def check_reward_functions(self):
-        """Calls the reward functions on test pictures, so that one that cannot work is found before any work is spent."""
-        rows = [self.train_dataset[number] for number in range(min(2, len(self.train_dataset)))]
-        height, width = self.policy.image_size
-        check_rewards(
-            self.reward_funcs + self.eval_reward_funcs,
-            self.reward_names + self.eval_reward_names,
-            rows,
-            (width, height),
-            trainer_state=self.state,
-            log_extra=lambda column, values: None,
-            log_metric=lambda name, value: None,
-        )
-
-    def calculate_rewards(self, reward_funcs, reward_names, rows: list[dict], images: list) -> torch.Tensor:
-        """Scores of shape `(n, R)`, float64 on the CPU; NaN where there is none."""
-        scores, errors = score(
-            reward_funcs,
-            reward_names,
-            [row["prompt"] for row in rows],
-            images,
-            {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
-            trainer_state=self.state,
-            log_extra=self._log_extra,
-            log_metric=self._log_metric,
-        )
-        mode = "train" if self.model.training else "eval"
-        for name, raised in errors.items():
-            self._metrics[mode][f"rewards/{name}/failed"].append(len(raised) / len(images))
-            if raised:
-                self._last_reward_error = raised[0]
-        return scores
-
-    def _log_extra(self, column: str, values: list):
-        """`log_extra` of TRL's reward functions: a column that is written beside the held-out scores."""
-        if not self.model.training:
-            self._extra_columns[column].extend(values)
-
-    def _log_metric(self, name: str, value: float):
-        """`log_metric` of TRL's reward functions: a number that is averaged over a logging step."""
-        self._metrics["train" if self.model.training else "eval"][name].append(float(value))
-
-    def _gather(self, values: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
-
-    def _log_rollout(self, rewards, leaves, advantages, mask, plan, times):
-        metrics = self._metrics["train"]
-        total = combine_rewards(rewards, self.reward_weights)
-        metrics["reward"].append(_nanmean(total))
-        metrics["reward_std"].append(_nanstd(total, dim=1))
-        for r, name in enumerate(self.reward_names):
-            metrics[f"rewards/{name}/mean"].append(_nanmean(rewards[..., r]))
-            metrics[f"rewards/{name}/std"].append(_nanstd(rewards[..., r], dim=1))
-        metrics["frac_reward_nan"].append(rewards.isnan().double().mean().item())
-        metrics["frac_reward_zero_std"].append((~mask.any(-1)).double().mean().item())
-        metrics["advantages/mean"].append(advantages.mean().item())
-        for s, step in enumerate(plan.steps):
-            metrics[f"advantages/std/step_{step}"].append(advantages[:, s].std().item())
-        for name, seconds in times.items():
-            metrics[f"time/{name}"].append(seconds)
-        num_images = rewards.shape[0] * rewards.shape[1]
-        metrics["images_per_second"].append(num_images / max(sum(times.values()), 1e-9))
-        self.log_credit(total[:, leaves], plan)
-
     # ---- Training ----
 
     def get_train_dataloader(self):
@@ -495,7 +319,7 @@ class FlowGRPOTrainer(EvaluationMixin, SavingMixin, _BaseTrainer):
         began = time.perf_counter()
         model.train()
         inputs = self._prepare_inputs(inputs)
-        with _timer(times := {}, "train"):
+        with timed(times := {}, "train"):
             loss = self._forward_backward(model, inputs)
         self._metrics["train"]["time/train"].append(times["train"])
         self._step += 1
@@ -660,27 +484,3 @@ class _AfterUpdate(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer._ema is not None:
             self.trainer._ema.step(self.trainer._trainable)
-
-
-def _to_pil(images: torch.Tensor) -> list:
-    return DiffusionPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
-
-
-def _nanmean(values: torch.Tensor) -> float:
-    return values.double().nanmean().item()
-
-
-def _nanstd(values: torch.Tensor, dim: int) -> float:
-    """Mean over the rest of the standard deviation along `dim`."""
-    mean = values.nanmean(dim, keepdim=True)
-    return (values - mean).square().nanmean(dim).sqrt().nanmean().item()
-
-
-@contextmanager
-def _timer(times: dict, name: str):
-    """Adds the seconds of its block to `times[name]`."""
-    began = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    times[name] = times.get(name, 0.0) + time.perf_counter() - began

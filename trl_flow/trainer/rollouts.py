@@ -1,0 +1,232 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Rollouts: sampling, decoding, scoring and crediting one batch of prompts."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..credit import assign_credit, combine_rewards
+from ..rewards import NothingToLearnError, check_rewards, score
+from ..rollout import execute, seeded_noise
+from .transitions import select_transitions
+
+
+class RolloutMixin:
+    """The part of the trainer that samples and scores."""
+
+    def velocity(self, prompts: list[str]) -> Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]:
+        """The executor's view of the policy, for a batch of prompts."""
+        table = self.policy.conditioning(prompts)
+
+        def velocity(latents, sigma, prompt):
+            prompt = prompt.to(self.policy.device)
+            return self.model(latents, sigma, {name: value[prompt] for name, value in table.items()})
+
+        return velocity
+
+    def _generate_and_score(self, rows: list[dict]) -> list[dict]:
+        """Samples, scores and credits one rollout batch. Returns the micro-batches that it feeds, in training order."""
+        args, plan = self.args, self.plan()
+        prompts = [row["prompt"] for row in rows]
+        device = self.accelerator.device
+        # As many prompts at once as fill a forward: few large batches instead of many small ones.
+        prompts_per_sweep = max(1, args.rollout_batch_size // plan.width)
+        times = dict.fromkeys(("rollout", "decode", "reward"), 0.0)
+        nodes, scores = [], []
+        seen = defaultdict(int)
+        for start in range(0, len(rows), prompts_per_sweep):
+            part = prompts[start : start + prompts_per_sweep]
+            noise = []
+            for prompt in part:
+                noise.append(
+                    seeded_noise(
+                        args.seed,
+                        "train",
+                        self._step,
+                        prompt,
+                        seen[prompt],
+                        num_draws=plan.num_draws,
+                        latent_shape=self.policy.latent_shape,
+                    )
+                )
+                seen[prompt] += 1
+            with timed(times, "rollout"):
+                rollout = execute(
+                    plan,
+                    self.velocity(part),
+                    self.sigmas,
+                    torch.stack(noise).to(device),
+                    self.noise_levels,
+                    args.sde_type,
+                    args.rollout_batch_size,
+                )
+            self._nfe += rollout.num_evaluations
+            nodes.append(torch.stack(list(rollout.nodes.values()), dim=1))
+            with timed(times, "decode"):
+                images = self.decode(rollout.leaves.flatten(0, 1))
+            with timed(times, "reward"):
+                values = self.calculate_rewards(
+                    self.reward_funcs,
+                    self.reward_names,
+                    [row for row in rows[start : start + len(part)] for _ in plan.leaves],
+                    images,
+                )
+            scores.append(values.unflatten(0, (len(part), len(plan.leaves))))
+        rewards = torch.cat(scores)  # (B, L, R)
+        # Counted over all processes: one of them alone must not leave the others waiting.
+        used = rewards[..., self.reward_weights != 0]
+        if self._gather((~used.isnan()).sum()[None]).sum() == 0:
+            raise NothingToLearnError(
+                f"None of the reward functions ({', '.join(self.reward_names)}) has a score for any of the "
+                f"{rewards.shape[0] * rewards.shape[1]} pictures of step {self.state.global_step}: there is nothing to "
+                "learn from."
+            ) from self._last_reward_error
+
+        leaf_position = {node: position for position, node in enumerate(plan.leaves)}
+        edges = [plan.transitions[step] for step in plan.steps]
+        leaves = torch.tensor([[[leaf_position[leaf] for leaf in e.leaves] for e in group] for group in edges])
+        advantages, mask = assign_credit(
+            rewards,
+            self.reward_weights,
+            leaves,
+            self.credit,
+            args.multi_objective_aggregation,
+            self._gather if args.scale_rewards == "batch" else None,
+            scale=args.scale_rewards,
+            **self._normalization,
+        )
+        advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
+        self._log_rollout(rewards, leaves, advantages, mask, plan, times)
+
+        position = {node: number for number, node in enumerate(rollout.nodes)}
+        everything = {
+            "nodes": torch.cat(nodes),
+            "advantages": advantages.float().to(device),
+            "steps": torch.tensor(plan.steps),
+            "parents": torch.tensor([[position[e.parent] for e in group] for group in edges]),
+            "children": torch.tensor([[position[e.child] for e in group] for group in edges]),
+            "prompts": prompts,
+            "old_log_probs": None,
+        }
+        # The part of the steps changes slowest: all prompts are trained at one part before the next.
+        parts = torch.arange(len(plan.steps)).chunk(self.updates_per_pass)
+        size = args.per_device_train_batch_size
+        micro_batches = [
+            select_transitions(everything, range(start, start + size), part)
+            for part in parts
+            for start in range(0, len(prompts), size)
+        ]
+        for number, micro_batch in enumerate(micro_batches):
+            # The first update is on-policy: exp(logp - logp.detach()) is exactly 1 and needs no second evaluation.
+            if number >= args.gradient_accumulation_steps:
+                micro_batch["old_log_probs"] = self._log_probs(micro_batch)
+        return micro_batches
+
+    def decode(self, latents: torch.Tensor) -> list:
+        """PIL pictures of clean latents `(n, *latent)`."""
+        return _to_pil(self.policy.decode(latents, self.args.rollout_batch_size))
+
+    def check_reward_functions(self):
+        """Calls the reward functions on test pictures, so that one that cannot work is found before any work is spent."""
+        rows = [self.train_dataset[number] for number in range(min(2, len(self.train_dataset)))]
+        height, width = self.policy.image_size
+        check_rewards(
+            self.reward_funcs + self.eval_reward_funcs,
+            self.reward_names + self.eval_reward_names,
+            rows,
+            (width, height),
+            trainer_state=self.state,
+            log_extra=lambda column, values: None,
+            log_metric=lambda name, value: None,
+        )
+
+    def calculate_rewards(self, reward_funcs, reward_names, rows: list[dict], images: list) -> torch.Tensor:
+        """Scores of shape `(n, R)`, float64 on the CPU; NaN where there is none."""
+        scores, errors = score(
+            reward_funcs,
+            reward_names,
+            [row["prompt"] for row in rows],
+            images,
+            {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
+            trainer_state=self.state,
+            log_extra=self._log_extra,
+            log_metric=self._log_metric,
+        )
+        mode = "train" if self.model.training else "eval"
+        for name, raised in errors.items():
+            self._metrics[mode][f"rewards/{name}/failed"].append(len(raised) / len(images))
+            if raised:
+                self._last_reward_error = raised[0]
+        return scores
+
+    def _log_extra(self, column: str, values: list):
+        """`log_extra` of TRL's reward functions: a column that is written beside the held-out scores."""
+        if not self.model.training:
+            self._extra_columns[column].extend(values)
+
+    def _log_metric(self, name: str, value: float):
+        """`log_metric` of TRL's reward functions: a number that is averaged over a logging step."""
+        self._metrics["train" if self.model.training else "eval"][name].append(float(value))
+
+    def _gather(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
+
+    def _log_rollout(self, rewards, leaves, advantages, mask, plan, times):
+        metrics = self._metrics["train"]
+        total = combine_rewards(rewards, self.reward_weights)
+        metrics["reward"].append(_nanmean(total))
+        metrics["reward_std"].append(_nanstd(total, dim=1))
+        for r, name in enumerate(self.reward_names):
+            metrics[f"rewards/{name}/mean"].append(_nanmean(rewards[..., r]))
+            metrics[f"rewards/{name}/std"].append(_nanstd(rewards[..., r], dim=1))
+        metrics["frac_reward_nan"].append(rewards.isnan().double().mean().item())
+        metrics["frac_reward_zero_std"].append((~mask.any(-1)).double().mean().item())
+        metrics["advantages/mean"].append(advantages.mean().item())
+        for s, step in enumerate(plan.steps):
+            metrics[f"advantages/std/step_{step}"].append(advantages[:, s].std().item())
+        for name, seconds in times.items():
+            metrics[f"time/{name}"].append(seconds)
+        num_images = rewards.shape[0] * rewards.shape[1]
+        metrics["images_per_second"].append(num_images / max(sum(times.values()), 1e-9))
+        self.log_credit(total[:, leaves], plan)
+
+
+def _to_pil(images: torch.Tensor) -> list:
+    return DiffusionPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
+
+
+def _nanmean(values: torch.Tensor) -> float:
+    return values.double().nanmean().item()
+
+
+def _nanstd(values: torch.Tensor, dim: int) -> float:
+    """Mean over the rest of the standard deviation along `dim`."""
+    mean = values.nanmean(dim, keepdim=True)
+    return (values - mean).square().nanmean(dim).sqrt().nanmean().item()
+
+
+@contextmanager
+def timed(times: dict, name: str):
+    """Adds the seconds of its block to `times[name]`."""
+    began = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    times[name] = times.get(name, 0.0) + time.perf_counter() - began
