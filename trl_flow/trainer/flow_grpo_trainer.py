@@ -15,6 +15,7 @@
 """Flow-GRPO, and the training loop of every method: a method overrides `plan()`, `credit()` and little else."""
 
 import copy
+import itertools
 import math
 import textwrap
 import time
@@ -329,7 +330,6 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
     def _forward_backward(self, model, inputs: dict) -> torch.Tensor:
         """Adds the gradient of one micro-batch, chunk by chunk. Returns its loss, a mean over its transitions."""
         args = self.args
-        chunks = list(self._chunks(inputs))
         advantages, old = inputs["advantages"], inputs["old_log_probs"]
         new = torch.zeros_like(advantages)
         weight = 1.0 / advantages.numel()
@@ -337,8 +337,9 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
         logged = defaultdict(list)
         previous = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self._trainable]
         norms = {}
-        for number, chunk in enumerate(chunks):
-            last = number == len(chunks) - 1
+        # With the next chunk in sight, and no more of them in memory: conditioning is large.
+        for chunk, following in itertools.pairwise(itertools.chain(self._chunks(inputs), [None])):
+            last = following is None
             with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
                 velocity = model(chunk.latents, chunk.sigma, chunk.conditioning)
                 mean, std = transition(
@@ -375,7 +376,7 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
             loss_sum += loss.detach()
             logged["ratio"].append(ratio.detach())
             logged["clip"].append(clipped.float())
-            if last or chunks[number + 1].step != chunk.step:
+            if last or following.step != chunk.step:
                 gradient = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self._trainable]
                 norms[chunk.step] = torch.stack(
                     [(now - then).norm() for now, then in zip(gradient, previous, strict=True)]
