@@ -179,10 +179,20 @@ def run_config(adapter: str | None, revision: str | None = None) -> dict:
     path = Path(adapter) / "config.yaml"
     if not Path(adapter).is_dir():
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import EntryNotFoundError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
 
         try:
             path = Path(hf_hub_download(adapter, "config.yaml", revision=revision))
+        except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+            raise ValueError(
+                f"adapter={adapter}: neither a directory nor a repository that the Hub could be asked for "
+                f"({type(error).__name__})."
+            ) from error
         except EntryNotFoundError:
             return {}
     if not path.is_file():
