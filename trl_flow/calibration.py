@@ -157,6 +157,7 @@ def calibrate_noise(
                 levels,
                 args.sde_type,
                 args.rollout_batch_size,
+                trainer.policy.initial_scale(trainer.sigmas),
             )
             images = trainer.decode(rollout.leaves.flatten(0, 1))
             scores = trainer.calculate_rewards(

@@ -79,6 +79,82 @@ def value_after(values: torch.Tensor) -> torch.Tensor:
     return values[..., 1:]
 
 
+def turning_points(values: torch.Tensor, balance: bool = True) -> torch.Tensor:
+    """
+    Rewards of the steps of a window with turning points (TP-GRPO section 4).
+
+    With R_i the reward of the tail after i stochastic steps (R_0: none), d_i = R_i - R_{i-1} and the window's whole
+    change D = R_W - R_0, a step goes with the trend where d_i D > 0. It is a turning point if it does, the step before
+    it did not, and the rest of the window moves on in its direction: d_i (R_W - R_i) > 0; the first step has no step
+    before it, and only the last of these conditions. A turning point is rewarded with all that follows from it,
+    R_W - R_{i-1}, any other step with d_i.
+
+    `balance` keeps as many turning points that lead up (D > 0) as lead down among all those given, those of the largest
+    |D| first; the others are rewarded with their own d_i.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, S, G, 2)`): Rewards of the tails from before and after each of S consecutive
+            steps.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S, G, 1)`.
+    """
+    before, after = values.unbind(-1)
+    final = after[:, -1:]
+    gains, change = after - before, final - before[:, :1]
+    onward = gains.sign() * (final - after).sign() > 0
+    trend = gains.sign() * change.sign()
+    turning = onward & (trend > 0)
+    turning[:, 1:] &= trend[:, :-1] < 0
+    turning[:, 0] = onward[:, 0]
+    if balance:
+        change = change.expand_as(gains)
+        up, down = turning & (change > 0), turning & (change < 0)
+        size = min(up.sum().item(), down.sum().item())
+        turning = _largest(change, up, size) | _largest(-change, down, size)
+    return torch.where(turning, final - before, gains)[..., None]
+
+
+def _largest(values: torch.Tensor, mask: torch.Tensor, size: int) -> torch.Tensor:
+    """The `size` largest of the masked values, as a mask. Among equals the first."""
+    order = torch.where(mask, values, -torch.inf).flatten().argsort(descending=True, stable=True)[:size]
+    return torch.zeros_like(mask).flatten().index_fill(0, order, True).view_as(mask)
+
+
+def reward_to_go(similarity: torch.Tensor, window: int) -> torch.Tensor:
+    """
+    Share of the outcome that lies in a step and those after it, by latent similarity (CoCA).
+
+    With y_i the clean estimate at index i and y_T the clean latent, c_i = cos(y_i, y_T). Step i takes the estimate from
+    y_i to y_{i+1}. Over blocks of `window` steps the mean of c_{i+1} rises by some amount from the block before (from
+    c_0 for the first); each step of the block gets an equal part of that rise, as a share of the whole rise. The sum of
+    the shares from step i on is its reward-to-go: 1 at step 0.
+
+    A chain whose estimates do not come nearer to its end has no shares: every step counts alike.
+
+    Args:
+        similarity (`torch.Tensor` of shape `(..., T + 1)`): c_0 to c_T.
+        window (`int`): Steps of a block, w. The last block holds what is left.
+
+    Returns:
+        `torch.Tensor` of shape `(..., T)`, float64.
+    """
+    similarity = similarity.double()
+    blocks = similarity[..., 1:].split(window, dim=-1)
+    means = torch.stack([similarity[..., 0], *(block.mean(-1) for block in blocks)], dim=-1)
+    total = means[..., -1:] - means[..., :1]
+    shares = torch.cat(
+        [
+            (rise[..., None] / block.shape[-1]).expand_as(block)
+            for rise, block in zip(means.diff(dim=-1).unbind(-1), blocks, strict=True)
+        ],
+        dim=-1,
+    )
+    alike = torch.full_like(shares, 1 / shares.shape[-1])
+    shares = torch.where(total > ZERO_STD, shares / total.clamp(min=ZERO_STD), alike)
+    return shares.flip(-1).cumsum(-1).flip(-1)
+
+
 def assign_credit(
     rewards: torch.Tensor,
     weights: torch.Tensor,

@@ -14,7 +14,16 @@
 
 """Rollouts as trees over the sigma grid. Pure tensor code: no trainer, no files, no pipeline."""
 
-from .dynamics import DYNAMICS, coefficients, diffusion_coefficient, euler_step, log_prob, transition
+from .dynamics import (
+    DYNAMICS,
+    coefficients,
+    diffusion_coefficient,
+    euler_step,
+    log_prob,
+    second_order_step,
+    transition,
+)
 from .executor import Rollout, execute
-from .noise import seeded_noise
-from .plan import Plan, branch_plan, chain_plan, dense_plan, stride_waypoints, tail_waypoints
+from .noise import seeded_noise, seeded_subsets
+from .plan import Plan, branch_plan, chain_plan, dense_plan, forward_plan, stride_waypoints, tail_waypoints
+from .windows import SCHEDULES, window

@@ -103,6 +103,41 @@ def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: float, sigm
     return latents + step * velocity
 
 
+def second_order_step(
+    latents: torch.Tensor,
+    clean: torch.Tensor,
+    clean_before: torch.Tensor,
+    sigma_before: float,
+    sigma: float,
+    sigma_next: float,
+) -> torch.Tensor:
+    """
+    Deterministic step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) on the flow path, where alpha = 1 - s.
+
+    With lambda = log((1 - s) / s), h = lambda' - lambda and h0 = lambda - lambda_before, the clean estimate is
+    extrapolated to D = x0 + h / (2 h0) (x0 - x0_before), and x' = (s' / s) x + ((1 - s') - (1 - s) s' / s) D. With D = x0
+    this is the Euler step, which it becomes where lambda is infinite: for a step to 0, and after a step from 1.
+
+    Args:
+        latents (`torch.Tensor` of shape `(n, *latent)`): x at `sigma`.
+        clean, clean_before (`torch.Tensor` of shape `(n, *latent)`): Clean estimates x - s v at `sigma` and at
+            `sigma_before`.
+        sigma_before, sigma, sigma_next (`float`): Flow times, 1 >= sigma_before > sigma > sigma_next >= 0.
+    """
+    if not 1.0 >= sigma_before > sigma > sigma_next >= 0.0:
+        raise ValueError(
+            f"sigma_before={sigma_before}, sigma={sigma} and sigma_next={sigma_next}: expected 1 >= sigma_before > "
+            "sigma > sigma_next >= 0."
+        )
+    extrapolation = 0.0
+    if sigma_before < 1.0 and sigma_next > 0.0:
+        before, now, after = (math.log((1 - s) / s) for s in (sigma_before, sigma, sigma_next))
+        extrapolation = (after - now) / (2 * (now - before))
+    shrink = sigma_next / sigma
+    of_clean = (1 - sigma_next) - (1 - sigma) * shrink
+    return shrink * latents + of_clean * ((1 + extrapolation) * clean - extrapolation * clean_before)
+
+
 def transition(
     latents: torch.Tensor,
     velocity: torch.Tensor,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .dynamics import euler_step, transition
+from .dynamics import euler_step, second_order_step, transition
 from .plan import Plan
 
 
@@ -32,11 +32,14 @@ class Rollout:
         leaves (`torch.Tensor` of shape `(num_prompts, num_leaves, *latent)`): Clean latents, in the order of `plan.leaves`.
         nodes (`dict[int, torch.Tensor]`): Latents of shape `(num_prompts, *latent)` of the nodes that a transition joins.
         num_evaluations (`int`): Rows of velocity evaluated.
+        estimates (`torch.Tensor` of shape `(num_prompts, G, k, *latent)`, *optional*): Clean estimates x - sigma v of the
+            nodes that the plan observes; of a leaf, the leaf itself.
     """
 
     leaves: torch.Tensor
     nodes: dict[int, torch.Tensor]
     num_evaluations: int
+    estimates: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -48,6 +51,7 @@ def execute(
     noise_levels: list[float],
     dynamics: str = "flow",
     batch_size: int | None = None,
+    initial_scale: float = 1.0,
 ) -> Rollout:
     """
     Samples the tree of `plan` for every prompt at once.
@@ -63,6 +67,7 @@ def execute(
         noise_levels (`list[float]` of length T): Noise level of a stochastic step at each index.
         dynamics (`str`): `"flow"`, `"dance"` or `"cps"`.
         batch_size (`int`, *optional*): Largest number of rows in one call of `velocity`. It bounds memory only.
+        initial_scale (`float`, *optional*, defaults to `1.0`): Standard deviation of the latents at index 0.
 
     Returns:
         `Rollout`.
@@ -88,7 +93,19 @@ def execute(
         if node.parent is not None:
             children[node.parent].append(number)
 
-    latents = {number: noise[:, node.draw] for number, node in enumerate(plan.nodes) if node.parent is None}
+    # Clean estimates are kept for those who look at them, and until the last second-order step that extrapolates from
+    # them has been taken.
+    observed = {number for path in plan.observed for number in path}
+    last_use = dict.fromkeys(observed, plan.num_steps)
+    for node in plan.nodes:
+        if node.before is not None:
+            for source in (node.before, node.parent):
+                last_use[source] = max(last_use.get(source, 0), plan.nodes[node.parent].index)
+
+    latents = {
+        number: initial_scale * noise[:, node.draw] for number, node in enumerate(plan.nodes) if node.parent is None
+    }
+    estimates = {}
     num_evaluations = 0
     for index in range(plan.num_steps):
         live = [number for number in by_index[index] if children[number]]
@@ -109,9 +126,20 @@ def execute(
 
         for position, number in enumerate(live):
             v = velocities[:, position]
+            if number in last_use:
+                estimates[number] = latents[number] - sigmas[index] * v
             for child in children[number]:
                 node = plan.nodes[child]
-                if node.draw is None:
+                if node.before is not None:
+                    latents[child] = second_order_step(
+                        latents[number],
+                        estimates[number],
+                        estimates[node.before],
+                        sigmas[plan.nodes[node.before].index],
+                        sigmas[index],
+                        sigmas[node.index],
+                    )
+                elif node.draw is None:
                     latents[child] = euler_step(latents[number], v, sigmas[index], sigmas[node.index])
                 else:
                     mean, std = transition(
@@ -121,10 +149,18 @@ def execute(
         for number in by_index[index]:
             if number not in kept:
                 del latents[number]
+        for number in [number for number in estimates if last_use[number] <= index]:
+            del estimates[number]
 
     leaves = plan.leaves
+    estimates |= {number: latents[number] for number in leaves if number in observed}
     return Rollout(
         leaves=torch.stack([latents[number] for number in leaves], dim=1),
         nodes={number: latents[number] for number in sorted(kept)},
         num_evaluations=num_evaluations,
+        estimates=torch.stack(
+            [torch.stack([estimates[number] for number in path], dim=1) for path in plan.observed], dim=1
+        )
+        if plan.observed
+        else None,
     )

@@ -25,6 +25,18 @@ def seeded_noise(*key, num_draws: int, latent_shape: tuple[int, ...]) -> torch.T
 
     It is a function of `key` alone (seed, rollout, prompt ...): the same whatever the batch, the device or the process.
     """
+    return torch.randn(num_draws, *latent_shape, generator=_generator(key))
+
+
+def seeded_subsets(*key, num_subsets: int, num_items: int, size: int) -> torch.Tensor:
+    """
+    Random subsets as a mask of shape `(num_subsets, num_items)`, each row with `size` of its items, as a function of
+    `key` alone.
+    """
+    order = torch.rand(num_subsets, num_items, generator=_generator(key)).argsort(1)
+    return torch.zeros(num_subsets, num_items, dtype=torch.bool).scatter(1, order[:, :size], True)
+
+
+def _generator(key: tuple) -> torch.Generator:
     digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randn(num_draws, *latent_shape, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

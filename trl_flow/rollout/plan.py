@@ -25,16 +25,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Node:
-    """A latent on the grid: its `index`, its `parent` (None: pure noise) and its noise `draw` (None: an ODE step)."""
+    """
+    A latent on the grid.
+
+    Attributes:
+        index (`int`): Where it sits.
+        parent (`int`, *optional*): The node that it is reached from; None for pure noise.
+        draw (`int`, *optional*): Its noise; None for an ODE step.
+        before (`int`, *optional*): The node before its parent whose velocity a second-order ODE step uses too; None for
+            an Euler step.
+    """
 
     index: int
     parent: int | None
     draw: int | None
+    before: int | None = None
 
 
 @dataclass(frozen=True)
 class Transition:
-    """A stochastic edge that is trained, and the leaves whose rewards its credit is computed from."""
+    """
+    What is trained at one step, and the leaves whose rewards its credit is computed from: a stochastic edge, or (parent
+    and child the same) a clean latent that training noises afresh.
+    """
 
     parent: int
     child: int
@@ -52,6 +65,8 @@ class Plan:
         nodes (`list[Node]`): In order of creation: parents come before children.
         leaves (`list[int]`): Nodes at index T.
         transitions (`dict[int, list[Transition]]`): Trained edges by step index, one per group member, in member order.
+        observed (`list[list[int]]`): Nodes whose clean estimates credit looks at, one list of equal length per group
+            member; empty for most methods. Leaves are their own estimates.
 
     Example:
 
@@ -73,7 +88,8 @@ class Plan:
         self.nodes: list[Node] = []
         self.num_draws = 0
         self.transitions: dict[int, list[Transition]] = {}
-        self._deterministic: dict[tuple[int, int], int] = {}
+        self.observed: list[list[int]] = []
+        self._deterministic: dict[tuple[int, int, int | None], int] = {}
 
     def start(self) -> int:
         """A new node of pure noise at index 0."""
@@ -83,23 +99,38 @@ class Plan:
         """A new child of `parent` at the next index, with a noise draw of its own."""
         return self._add(self._after(parent), parent, stochastic=True)
 
-    def deterministic(self, parent: int, index: int | None = None) -> int:
-        """The child of `parent` by one Euler step to `index` (default: the next); the same node each time."""
+    def deterministic(self, parent: int, index: int | None = None, before: int | None = None) -> int:
+        """
+        The child of `parent` by one ODE step to `index` (default: the next); the same node each time.
+
+        The step is Euler's, or with a node `before` the parent, one of second order that uses its velocity too.
+        """
         index = self._after(parent) if index is None else index
         if not self.nodes[parent].index < index <= self.num_steps:
             raise ValueError(
                 f"A step from index {self.nodes[parent].index} to {index}: expected a later index, at most "
                 f"{self.num_steps}."
             )
-        key = (parent, index)
+        if before is not None and not self.nodes[before].index < self.nodes[parent].index:
+            raise ValueError(
+                f"Node {before} does not come before node {parent}: a second-order step needs one that does."
+            )
+        key = (parent, index, before)
         if key not in self._deterministic:
-            self._deterministic[key] = self._add(index, parent, stochastic=False)
+            self._deterministic[key] = self._add(index, parent, stochastic=False, before=before)
         return self._deterministic[key]
 
-    def tail(self, node: int, waypoints) -> int:
-        """The leaf that Euler steps through `waypoints` (ascending indices, the last one T) lead to from `node`."""
+    def tail(self, node: int, waypoints, solver: str = "euler") -> int:
+        """
+        The leaf that ODE steps through `waypoints` (ascending indices, the last one T) lead to from `node`.
+
+        `solver` is `"euler"` or `"dpm"`: second-order steps after a first Euler step, for as many evaluations. The
+        history begins at `node`: what came before it was on another path where `node` was reached by a stochastic step.
+        """
+        before = None
         for index in waypoints:
-            node = self.deterministic(node, index)
+            child = self.deterministic(node, index, before if solver == "dpm" else None)
+            node, before = child, node
         return node
 
     def add_transition(self, parent: int, child: int, leaves: tuple[int, ...]):
@@ -108,16 +139,32 @@ class Plan:
             raise ValueError(f"Nodes {parent} and {child} are not joined by a stochastic step.")
         self.transitions.setdefault(self.nodes[parent].index, []).append(Transition(parent, child, leaves))
 
+    def add_sample(self, step: int, leaf: int):
+        """Marks the clean latent `leaf` as trained by the forward process: noised afresh to the sigma of `step`."""
+        if self.nodes[leaf].index != self.num_steps or not 0 <= step < self.num_steps:
+            raise ValueError(
+                f"Node {leaf} at index {self.nodes[leaf].index} and step {step}: expected a leaf (index "
+                f"{self.num_steps}) and a step from 0 to {self.num_steps - 1}."
+            )
+        self.transitions.setdefault(step, []).append(Transition(leaf, leaf, (leaf,)))
+
     def _after(self, parent: int) -> int:
         if self.nodes[parent].index >= self.num_steps:
             raise ValueError(f"Node {parent} is a leaf (index {self.num_steps}): it has no next step.")
         return self.nodes[parent].index + 1
 
-    def _add(self, index: int, parent: int | None, stochastic: bool) -> int:
+    def _add(self, index: int, parent: int | None, stochastic: bool, before: int | None = None) -> int:
         draw = self.num_draws if stochastic else None
         self.num_draws += stochastic
-        self.nodes.append(Node(index, parent, draw))
+        self.nodes.append(Node(index, parent, draw, before))
         return len(self.nodes) - 1
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from pure noise to `node`."""
+        path = [node]
+        while (parent := self.nodes[path[-1]].parent) is not None:
+            path.append(parent)
+        return path[::-1]
 
     @property
     def leaves(self) -> list[int]:
@@ -171,35 +218,46 @@ def stride_waypoints(index: int, num_steps: int, stride: int) -> list[int]:
     return [*waypoints[:-1], num_steps]
 
 
-def chain_plan(num_steps: int, num_generations: int, sde_steps, same_initial_noise: bool = False) -> Plan:
+def chain_plan(
+    num_steps: int, num_generations: int, sde_steps, same_initial_noise: bool = False, solver: str = "euler"
+) -> Plan:
     """
-    Flow-GRPO and DanceGRPO: one chain per group member, stochastic at `sde_steps`, each credited with its outcome.
+    Flow-GRPO, DanceGRPO and MixGRPO: one chain per group member, stochastic at `sde_steps`, each credited with its
+    outcome.
 
-    Members that start from one noise share every step before the first stochastic one.
+    Members that start from one noise share every step before the first stochastic one. `solver` is that of the steps
+    after the last stochastic one, see [`Plan.tail`].
     """
     plan = Plan(num_steps)
-    for nodes in _chains(plan, num_generations, sde_steps, same_initial_noise):
+    for nodes in _chains(plan, num_generations, sde_steps, same_initial_noise, solver):
         for step in sorted(sde_steps):
             plan.add_transition(nodes[step], nodes[step + 1], leaves=(nodes[-1],))
     return plan
 
 
 def dense_plan(
-    num_steps: int, num_generations: int, sde_steps, tail_steps: int | str = "full", same_initial_noise: bool = False
+    num_steps: int,
+    num_generations: int,
+    sde_steps,
+    tail_steps: int | str = "full",
+    same_initial_noise: bool = False,
+    solver: str = "euler",
 ) -> Plan:
     """
-    DenseGRPO: chains as in [`chain_plan`], with an ODE tail from both ends of every trained step.
+    DenseGRPO and TP-GRPO: chains as in [`chain_plan`], with an ODE tail from both ends of every trained step.
 
     Each transition's leaves are (tail of x_t, tail of x_{t-1}): the rewards R_t and R_{t-1} of eq. 9. After the last
-    stochastic step the chain is its own full tail, so those leaves are one node.
+    stochastic step a chain goes on without noise, so with Euler's full tails it is its own tail. Where no tail uses it
+    (cheaper tails after that step), the rest of the chain is not sampled.
     """
     plan = Plan(num_steps)
-    for nodes in _chains(plan, num_generations, sde_steps, same_initial_noise):
+    ends = sorted({index for step in sde_steps for index in (step, step + 1)})
+    for nodes in _chains(plan, num_generations, sde_steps, same_initial_noise, until=ends[-1]):
         tails = {
-            index: plan.tail(nodes[index], tail_waypoints(index, num_steps, tail_steps))
+            index: plan.tail(nodes[index], tail_waypoints(index, num_steps, tail_steps), solver)
             if index < num_steps
-            else nodes[-1]
-            for index in sorted({index for step in sde_steps for index in (step, step + 1)})
+            else nodes[index]
+            for index in ends
         }
         for step in sorted(sde_steps):
             plan.add_transition(nodes[step], nodes[step + 1], leaves=(tails[step], tails[step + 1]))
@@ -229,13 +287,37 @@ def branch_plan(num_steps: int, num_generations: int, sde_steps, strides=(1,)) -
     return plan
 
 
-def _chains(plan: Plan, num_generations: int, sde_steps, same_initial_noise: bool) -> list[list[int]]:
-    """Nodes 0..T of one chain per group member."""
+def forward_plan(num_steps: int, num_generations: int, steps) -> Plan:
+    """
+    DiffusionNFT and AWM: deterministic chains whose clean latents are trained by the forward process at `steps`.
+    """
+    plan = Plan(num_steps)
+    leaves = [plan.tail(plan.start(), range(1, num_steps + 1)) for _ in range(num_generations)]
+    for step in sorted(steps):
+        for leaf in leaves:
+            plan.add_sample(step, leaf)
+    return plan
+
+
+def _chains(
+    plan: Plan,
+    num_generations: int,
+    sde_steps,
+    same_initial_noise: bool,
+    solver: str = "euler",
+    until: int | None = None,
+) -> list[list[int]]:
+    """Nodes 0..`until` (default: T) of one chain per group member."""
     shared = plan.start() if same_initial_noise else None
+    last = max(sde_steps)
     chains = []
     for _ in range(num_generations):
         nodes = [plan.start() if shared is None else shared]
-        for step in range(plan.num_steps):
-            nodes.append(plan.stochastic(nodes[-1]) if step in sde_steps else plan.deterministic(nodes[-1]))
+        for step in range(plan.num_steps if until is None else until):
+            if step in sde_steps:
+                nodes.append(plan.stochastic(nodes[-1]))
+            else:
+                before = nodes[-2] if solver == "dpm" and step > last + 1 else None
+                nodes.append(plan.deterministic(nodes[-1], before=before))
         chains.append(nodes)
     return chains

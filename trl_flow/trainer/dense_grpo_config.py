@@ -33,6 +33,8 @@ class DenseGRPOConfig(FlowGRPOConfig):
             reward after the step (the paper's "Dense Reward (Baseline)").
         tail_steps (`str`, *optional*, defaults to `"full"`):
             Number n of ODE steps that estimate the reward of a latent, or `"full"` for all the remaining ones.
+        tail_solver (`str`, *optional*, defaults to `"euler"`):
+            Solver of these steps: `"euler"`, or `"dpm"`, second-order multistep, which needs fewer of them.
     """
 
     dense_reward: str = field(
@@ -50,10 +52,24 @@ class DenseGRPOConfig(FlowGRPOConfig):
         },
     )
 
+    tail_solver: str = field(
+        default="euler",
+        metadata={
+            "help": "Solver of these steps: `euler`, or `dpm`, second-order multistep, which needs fewer of them.",
+            "choices": ["euler", "dpm"],
+        },
+    )
+
     def validate(self):
         super().validate()
         _check_choice("dense_reward", self.dense_reward, ("gain", "value"))
+        _check_choice("tail_solver", self.tail_solver, ("euler", "dpm"))
         if self.tail_steps != "full":
             if not str(self.tail_steps).isdigit() or int(self.tail_steps) < 1:
                 raise ValueError(f"tail_steps={self.tail_steps!r}: expected 'full' or a number of at least 1.")
             self.tail_steps = int(self.tail_steps)
+            if self.tail_steps == 1 and self.tail_solver == "dpm":
+                raise ValueError(
+                    "tail_solver='dpm' has no effect with tail_steps=1: a second-order step needs one before it. Leave it at "
+                    "'euler'."
+                )

@@ -61,13 +61,14 @@ class DenseGRPOTrainer(FlowGRPOTrainer):
             }"""),
     }
 
-    def plan(self) -> Plan:
+    def plan(self, sde_steps) -> Plan:
         return dense_plan(
             self.args.num_inference_steps,
             self.num_generations,
-            self.sde_steps,
+            sde_steps,
             self.args.tail_steps,
             self.args.same_initial_noise,
+            self.args.tail_solver,
         )
 
     def credit(self, rewards):

@@ -81,6 +81,7 @@ class EvaluationMixin:
                     torch.stack(noise).to(self.accelerator.device),
                     [0.0] * plan.num_steps,
                     batch_size=args.rollout_batch_size,
+                    initial_scale=self.policy.initial_scale(sigmas),
                 )
                 pictures = self.decode(rollout.leaves[:, 0])
                 scores.append(self.calculate_rewards(funcs, names, rows, pictures))

@@ -24,13 +24,18 @@ from dataclasses import dataclass, field
 import torch
 from trl.trainer.base_config import _BaseConfig
 
-from ..objective import KL_TYPES
+from ..objective import KL_TYPES, OBJECTIVES, STEP_WEIGHTINGS
 from ..rollout import DYNAMICS
 
 
 def _check_choice(name: str, value, choices):
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: expected one of {', '.join(map(repr, choices))}.")
+
+
+def _check_fraction(name: str, value: float):
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}={value}: expected a number above 0, at most 1.")
 
 
 @dataclass
@@ -56,6 +61,9 @@ class FlowGRPOConfig(_BaseConfig):
             Number of deterministic denoising steps at evaluation.
         guidance_scale (`float`, *optional*, defaults to `4.5`):
             Guidance, in rollouts, training and evaluation, as the pipeline means it.
+        eval_guidance_scale (`float`, *optional*):
+            Guidance in evaluation, where it differs: Flow-GRPO's authors advise to train without guidance and to use it
+            afterwards.
         height (`int`, *optional*):
             Height of the pictures in pixels. Defaults to the pipeline's.
         width (`int`, *optional*):
@@ -108,9 +116,16 @@ class FlowGRPOConfig(_BaseConfig):
         kl_type (`str`, *optional*, defaults to `"mean"`):
             `"mean"` is Flow-GRPO's divergence of the step means without the step size, `"gaussian"` the true one,
             `"velocity"` the squared distance of the velocities.
+        objective (`str`, *optional*, defaults to `"clip"`):
+            `"clip"` is PPO's clipped ratio, `"guard"` the same with GRPO-Guard's normalised ratio, `"dppo"` Flow-DPPO's
+            unclipped ratio, masked where a step has moved too far.
+        kl_mask_threshold (`float`, *optional*):
+            With `objective="dppo"`, the divergence of a step from the policy that sampled at which moving further away no
+            longer counts. Defaults to 1e-5.
         step_weighting (`str`, *optional*, defaults to `"none"`):
             `"noise"` weights the policy loss of each step in proportion to its noise, which evens out the steps'
-            gradients. The KL term is not weighted.
+            gradients; `"guard"` in inverse proportion to its size, which does that for `objective="guard"`. The KL term is
+            not weighted.
         transition_batch_size (`int`, *optional*, defaults to `8`):
             Largest number of rows of one training forward. It bounds memory only.
         ema_decay (`float`, *optional*, defaults to `0.9`):
@@ -150,6 +165,9 @@ class FlowGRPOConfig(_BaseConfig):
     )
     guidance_scale: float = field(
         default=4.5, metadata={"help": "Guidance, in rollouts, training and evaluation, as the pipeline means it."}
+    )
+    eval_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance in evaluation. Defaults to `guidance_scale`."}
     )
     height: int | None = field(
         default=None, metadata={"help": "Height of the pictures in pixels. Defaults to the pipeline's."}
@@ -239,12 +257,28 @@ class FlowGRPOConfig(_BaseConfig):
             "choices": list(KL_TYPES),
         },
     )
+    objective: str = field(
+        default="clip",
+        metadata={
+            "help": "`clip` is PPO's clipped ratio, `guard` the same with GRPO-Guard's normalised ratio, `dppo` "
+            "Flow-DPPO's unclipped ratio, masked where a step has moved too far.",
+            "choices": list(OBJECTIVES),
+        },
+    )
+    kl_mask_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "With `objective=dppo`, the divergence of a step from the policy that sampled at which moving further "
+            "away no longer counts. Defaults to 1e-5."
+        },
+    )
     step_weighting: str = field(
         default="none",
         metadata={
             "help": "`noise` weights the policy loss of each step in proportion to its noise, which evens out the "
-            "steps' gradients. The KL term is not weighted.",
-            "choices": ["none", "noise"],
+            "steps' gradients; `guard` in inverse proportion to its size, which does that for `objective=guard`. The KL "
+            "term is not weighted.",
+            "choices": list(STEP_WEIGHTINGS),
         },
     )
     transition_batch_size: int = field(
@@ -278,7 +312,17 @@ class FlowGRPOConfig(_BaseConfig):
         """Raises `ValueError` for settings that cannot work, before any work is spent."""
         _check_choice("sde_type", self.sde_type, DYNAMICS)
         _check_choice("kl_type", self.kl_type, KL_TYPES)
-        _check_choice("step_weighting", self.step_weighting, ("none", "noise"))
+        _check_choice("step_weighting", self.step_weighting, STEP_WEIGHTINGS)
+        _check_choice("objective", self.objective, OBJECTIVES)
+        if self.objective == "dppo":
+            self.kl_mask_threshold = 1e-5 if self.kl_mask_threshold is None else self.kl_mask_threshold
+            if self.kl_mask_threshold <= 0:
+                raise ValueError(f"kl_mask_threshold={self.kl_mask_threshold}: expected a positive number.")
+        elif self.kl_mask_threshold is not None:
+            raise ValueError(
+                f"kl_mask_threshold={self.kl_mask_threshold} has no effect with objective={self.objective!r}: it belongs "
+                "to objective='dppo'."
+            )
         _check_choice("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
         _check_choice(
             "multi_objective_aggregation",
@@ -380,3 +424,11 @@ def _parse_noise_level(value) -> float | list[float] | str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"noise_level={value!r}: expected a number, a list of numbers or a path.")
     return float(value)
+
+
+def with_default(config_class: type, name: str, value):
+    """The field `name` of `config_class`, help and choices and all, with another default."""
+    inherited = config_class.__dataclass_fields__[name]
+    if inherited.default is dataclasses.MISSING:
+        return field(default_factory=lambda: value, metadata=inherited.metadata)
+    return field(default=value, metadata=inherited.metadata)

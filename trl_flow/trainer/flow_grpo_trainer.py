@@ -37,10 +37,17 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..credit import outcome
-from ..objective import clipped_loss, kl_divergence, step_weights
+from ..objective import (
+    clipped_loss,
+    guarded_ratio,
+    kl_divergence,
+    masked_loss,
+    step_divergence,
+    step_weights,
+)
 from ..policy import FlowPolicy, default_call_arguments, load_pipeline
 from ..report import ProgressLine, write_report
-from ..rollout import Plan, chain_plan, coefficients, log_prob, transition
+from ..rollout import Plan, Rollout, chain_plan, coefficients, log_prob, transition
 from .arguments import check_dataset, load_rewards, own_prompts
 from .evaluation import EvaluationMixin
 from .flow_grpo_config import FlowGRPOConfig
@@ -48,7 +55,7 @@ from .noise_table import load_noise_table
 from .rollouts import RolloutMixin, timed
 from .sampler import EpochRepeatSampler
 from .saving import SavingMixin, check_output_dir
-from .transitions import transition_chunks
+from .transitions import TransitionChunk, transition_chunks
 
 
 RewardFunc = str | Callable[..., list[float | None]]
@@ -95,6 +102,8 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
     _name = "Flow-GRPO"
     _config_class = FlowGRPOConfig
     _normalization = {"ddof": 0, "eps": 1e-4}
+    # Whether a transition of advantage 0 has a gradient, KL aside.
+    _trains_without_advantage = False
     _paper = {
         "title": "Flow-GRPO: Training Flow Matching Models via Online RL",
         "id": "2505.05470",
@@ -152,7 +161,14 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
         # Method
         self.sde_steps = sorted(args.sde_steps) if args.sde_steps is not None else self.default_sde_steps()
         self.check_args()
-        prompts_per_rollout = args.per_device_train_batch_size * args.steps_per_generation * args.world_size
+        groups_per_process = args.per_device_train_batch_size * args.steps_per_generation
+        if groups_per_process % self.groups_per_prompt:
+            raise ValueError(
+                f"A rollout of per_device_train_batch_size={args.per_device_train_batch_size} x steps_per_generation="
+                f"{args.steps_per_generation} groups cannot hold {self.groups_per_prompt} groups of each prompt: expected "
+                f"a multiple of {self.groups_per_prompt}."
+            )
+        prompts_per_rollout = groups_per_process // self.groups_per_prompt * args.world_size
         if len(train_dataset) < prompts_per_rollout:
             raise ValueError(
                 f"train_dataset has {len(train_dataset)} prompts, but one rollout takes {prompts_per_rollout}: "
@@ -186,8 +202,10 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
                 component.to(args.device)
         self.sigmas = self.policy.sigmas(args.num_inference_steps)
         self.noise_levels = self._resolve_noise_levels()
+        self._check_kl()
         stds = [self._coefficients(step)[1] for step in self.sde_steps]
-        self._step_weights = dict(zip(self.sde_steps, step_weights(args.step_weighting, stds), strict=True))
+        sizes = [-self.sigmas.diff()[step].item() for step in self.sde_steps]
+        self._step_weights = dict(zip(self.sde_steps, step_weights(args.step_weighting, stds, sizes), strict=True))
 
         self._extra_columns = defaultdict(list)
         self._saving_checkpoint = False
@@ -196,6 +214,7 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
         self._step = 0
         self._buffered_inputs = None
         self._nfe = 0
+        self._rows_trained = 0
         self._elapsed = 0.0
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
@@ -242,18 +261,89 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
                 "stochastic. Expected at least 2."
             )
 
-    def plan(self) -> Plan:
+    def check_shared_noise(self, config_class: type):
+        """Refuses initial noises of their own, where all branches of a group leave one trunk."""
+        # A FlowGRPOConfig says nothing about it: False is its default.
+        if type(self._given_args) is config_class and not self.args.same_initial_noise:
+            raise ValueError(
+                f"same_initial_noise=False: in {self._name} all branches of a group leave one trunk. Leave it at True."
+            )
+
+    def rollout_steps(self) -> list[int]:
+        """Those of `sde_steps` that are stochastic and trained in the next rollout."""
+        return self.sde_steps
+
+    def rollout_sigmas(self, sde_steps: list[int]) -> torch.Tensor:
+        """The grid of the next rollout. Until after the last of its stochastic steps it is `self.sigmas`."""
+        return self.sigmas
+
+    def plan(self, sde_steps: list[int]) -> Plan:
         """The rollout tree of one prompt group."""
-        return chain_plan(
-            self.args.num_inference_steps, self.num_generations, self.sde_steps, self.args.same_initial_noise
-        )
+        return chain_plan(self.args.num_inference_steps, self.num_generations, sde_steps, self.args.same_initial_noise)
+
+    def observe(self, rollout: Rollout) -> torch.Tensor | None:
+        """What credit needs to know of the latents of b prompts, as one tensor `(b, ...)`; `None` for nothing."""
 
     def credit(self, rewards: torch.Tensor) -> torch.Tensor:
         """Rewards of the leaves of each transition `(B, S, G, K)` -> values `(B, S, G, C)` to normalise and sum."""
         return outcome(rewards)
 
+    def redistribute(
+        self, advantages: torch.Tensor, mask: torch.Tensor, observed: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Normalised, clipped advantages `(B, S, G)` and the mask of those that there are -> what is trained on."""
+        return advantages
+
+    def trained(self, advantages: torch.Tensor, mask: torch.Tensor, keys: list[str]) -> torch.Tensor:
+        """Which transitions `(B, S, G)` are trained on; `keys` name the B groups, for randomness of one's own."""
+        return torch.ones_like(mask)
+
     def log_credit(self, rewards: torch.Tensor, plan: Plan):
         """Logs what is of interest in the weighted rewards `(B, S, G, K)` of the transitions' leaves."""
+
+    def statistics(self, chunk: TransitionChunk, velocity: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        What the loss compares between the policy and the one that sampled, for m transitions: `log_probs (m,)`, and
+        `means (m, *latent)` for the objectives that need them.
+        """
+        mean, std = self._transition(chunk, velocity)
+        mean = mean[chunk.row]
+        statistics = {"log_probs": log_prob(chunk.next_latents, mean, std)}
+        if self.args.objective != "clip":
+            statistics["means"] = mean
+        return statistics
+
+    def policy_loss(
+        self,
+        chunk: TransitionChunk,
+        advantages: torch.Tensor,
+        new: dict[str, torch.Tensor],
+        old: dict[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of m transitions from the [`statistics`] of both policies, and what is logged of it, `(m,)` each."""
+        args = self.args
+        log_ratio = new["log_probs"] - old["log_probs"]
+        if args.objective == "clip":
+            ratio = torch.exp(log_ratio)
+        else:
+            std = self._coefficients(chunk.step)[1]
+            divergence = step_divergence(new["means"], old["means"], std)
+            ratio = guarded_ratio(log_ratio, divergence, std) if args.objective == "guard" else torch.exp(log_ratio)
+        if args.objective == "dppo":
+            losses, clipped = masked_loss(advantages, ratio, divergence.detach(), args.kl_mask_threshold)
+        else:
+            epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+            losses, clipped = clipped_loss(advantages, ratio, args.epsilon, epsilon_high)
+        return losses, {"ratio": ratio, "clip": clipped.float()}
+
+    def on_policy(self, micro_batch: int) -> bool:
+        """Whether a micro-batch of a rollout is trained by the policy that sampled it."""
+        return micro_batch < self.args.gradient_accumulation_steps
+
+    @property
+    def groups_per_prompt(self) -> int:
+        """Number of groups, each with noise of its own, that a rollout makes of each of its prompts."""
+        return 1
 
     @property
     def updates_per_pass(self) -> int:
@@ -271,6 +361,11 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
         """Micro-steps of one pass over a rollout."""
         return self.args.steps_per_generation * self.updates_per_pass
 
+    @property
+    def rollout_number(self) -> int:
+        """Number of rollouts before the present one."""
+        return self._step // (self.args.num_iterations * self._micro_steps)
+
     def _resolve_noise_levels(self) -> list[float]:
         args, num_steps = self.args, self.args.num_inference_steps
         if isinstance(args.noise_level, str):
@@ -286,8 +381,30 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
                 )
         return levels
 
+    def _check_kl(self):
+        """Refuses a divergence that is divided by next to nothing."""
+        if self.args.sde_type != "cps" or self.args.beta == 0 or self.args.kl_type == "velocity":
+            return
+        for step in self.sde_steps:
+            if (std := self._coefficients(step)[1]) < 0.02:
+                raise ValueError(
+                    f"beta={self.args.beta} with kl_type={self.args.kl_type!r} and sde_type='cps' divides the divergence of "
+                    f"step {step} by the square of its noise, {std:.2g}. Set kl_type='velocity', or leave the step out of "
+                    "sde_steps."
+                )
+
     def _coefficients(self, step: int) -> tuple[float, float]:
         return coefficients(*self.sigmas[step : step + 2].tolist(), self.noise_levels[step], self.args.sde_type)
+
+    def _transition(self, chunk: TransitionChunk, velocity: torch.Tensor) -> tuple[torch.Tensor, float]:
+        return transition(
+            chunk.latents,
+            velocity,
+            chunk.sigma,
+            chunk.sigma_next,
+            self.noise_levels[chunk.step],
+            self.args.sde_type,
+        )
 
     # ---- Training ----
 
@@ -304,8 +421,11 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
     def _get_train_sampler(self, dataset=None):
         return EpochRepeatSampler(
             data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=1,
-            batch_size=self._train_batch_size * self.args.steps_per_generation * self.accelerator.num_processes,
+            mini_repeat_count=self.groups_per_prompt,
+            batch_size=self._train_batch_size
+            * self.args.steps_per_generation
+            * self.accelerator.num_processes
+            // self.groups_per_prompt,
             repeat_count=self.args.num_iterations * self._micro_steps,
             shuffle=True,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
@@ -330,9 +450,9 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
     def _forward_backward(self, model, inputs: dict) -> torch.Tensor:
         """Adds the gradient of one micro-batch, chunk by chunk. Returns its loss, a mean over its transitions."""
         args = self.args
-        advantages, old = inputs["advantages"], inputs["old_log_probs"]
-        new = torch.zeros_like(advantages)
-        weight = 1.0 / advantages.numel()
+        advantages, old = inputs["advantages"], inputs["old"]
+        seen = None
+        weight = 1.0 / max(1, inputs["trained"].sum().item())
         loss_sum = torch.zeros((), device=advantages.device)
         logged = defaultdict(list)
         previous = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self._trainable]
@@ -342,19 +462,14 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
             last = following is None
             with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
                 velocity = model(chunk.latents, chunk.sigma, chunk.conditioning)
-                mean, std = transition(
-                    chunk.latents,
-                    velocity,
-                    chunk.sigma,
-                    chunk.sigma_next,
-                    self.noise_levels[chunk.step],
-                    args.sde_type,
+                new = self.statistics(chunk, velocity)
+                now = {name: value.detach() for name, value in new.items()}
+                losses, logs = self.policy_loss(
+                    chunk,
+                    advantages[chunk.members],
+                    new,
+                    now if old is None else {name: value[chunk.members] for name, value in old.items()},
                 )
-                log_probs = log_prob(chunk.next_latents, mean[chunk.row], std)
-                old_log_probs = log_probs.detach() if old is None else old[chunk.members]
-                ratio = torch.exp(log_probs - old_log_probs)
-                epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-                losses, clipped = clipped_loss(advantages[chunk.members], ratio, args.epsilon, epsilon_high)
                 loss = weight * self._step_weights[chunk.step] * losses.sum()
                 if args.beta > 0:
                     with torch.no_grad(), self.policy.reference():
@@ -369,62 +484,58 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
                         args.sde_type,
                     )[chunk.row]
                     loss = loss + args.beta * weight * kl.sum()
-                    logged["kl"].append(kl.detach())
+                    logs["kl"] = kl
                 self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
-            new[chunk.members] = log_probs.detach()
+            if old is None and args.num_iterations > 1:
+                seen = _note(seen, advantages.shape, chunk, now)
             self._nfe += len(chunk.latents) * (2 if args.beta > 0 else 1)
+            self._rows_trained += len(chunk.latents)
             loss_sum += loss.detach()
-            logged["ratio"].append(ratio.detach())
-            logged["clip"].append(clipped.float())
+            for name, value in logs.items():
+                logged[name].append(value.detach())
             if last or following.step != chunk.step:
                 gradient = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self._trainable]
                 norms[chunk.step] = torch.stack(
                     [(now - then).norm() for now, then in zip(gradient, previous, strict=True)]
                 ).norm()
                 previous = gradient
-        if old is None and args.num_iterations > 1:
-            inputs["old_log_probs"] = new
-        self._log_update(logged, norms)
+        if seen is not None:
+            inputs["old"] = seen
+        self._log_update(logged, norms, inputs["steps"].tolist())
         return loss_sum
 
     def _chunks(self, inputs: dict):
         return transition_chunks(
-            inputs, self.sigmas, self.policy.conditioning, self.args.transition_batch_size, self.args.beta == 0
+            inputs,
+            self.sigmas,
+            self.policy.conditioning,
+            self.args.transition_batch_size,
+            self.args.beta == 0 and not self._trains_without_advantage,
         )
 
     @torch.no_grad()
-    def _log_probs(self, inputs: dict) -> torch.Tensor:
-        """Log-probabilities `(B, S, G)` under the present policy, in the very batches that training will use."""
-        result = torch.zeros_like(inputs["advantages"])
+    def old_statistics(self, inputs: dict) -> dict[str, torch.Tensor]:
+        """The [`statistics`] `(B, S, G, ...)` under the present policy, in the very batches that training will use."""
+        old = None
         for chunk in self._chunks(inputs):
             with self.compute_loss_context_manager():
                 velocity = self.model(chunk.latents, chunk.sigma, chunk.conditioning)
-            mean, std = transition(
-                chunk.latents,
-                velocity,
-                chunk.sigma,
-                chunk.sigma_next,
-                self.noise_levels[chunk.step],
-                self.args.sde_type,
-            )
-            result[chunk.members] = log_prob(chunk.next_latents, mean[chunk.row], std)
+            old = _note(old, inputs["advantages"].shape, chunk, self.statistics(chunk, velocity))
             self._nfe += len(chunk.latents)
-        return result
+        return old
 
-    def _log_update(self, logged: dict, norms: dict):
+    def _log_update(self, logged: dict, norms: dict, steps: list[int]):
         metrics = self._metrics["train"]
-        ratio = torch.cat(logged["ratio"])
-        metrics["ratio/mean"].append(ratio.mean().item())
-        metrics["ratio/min"].append(ratio.min().item())
-        metrics["ratio/max"].append(ratio.max().item())
-        metrics["clip_ratio"].append(torch.cat(logged["clip"]).mean().item())
-        if logged["kl"]:
-            metrics["kl"].append(torch.cat(logged["kl"]).mean().item())
+        for name, values in logged.items():
+            values = torch.cat(values)
+            if name == "ratio":
+                metrics["ratio/min"].append(values.min().item())
+                metrics["ratio/max"].append(values.max().item())
+            metrics[_LOGGED_AS.get(name, name)].append(values.mean().item())
         total = sum(norm.item() for norm in norms.values())
-        for step in self.sde_steps:
-            if step in norms or self.updates_per_pass == 1:
-                share = norms[step].item() / total if step in norms and total > 0 else 0.0
-                metrics[f"grad_share/step_{step}"].append(share)
+        for step in steps:
+            share = norms[step].item() / total if step in norms and total > 0 else 0.0
+            metrics[f"grad_share/step_{step}"].append(share)
 
     @property
     def _trainable(self) -> list[nn.Parameter]:
@@ -433,7 +544,7 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
             logs |= self.averaged_metrics("train")
-            logs |= {"nfe": self._nfe, "time/elapsed": self._elapsed}
+            logs |= {"nfe": self._nfe, "rows_trained": self._rows_trained, "time/elapsed": self._elapsed}
         super().log(logs, start_time)
 
     def averaged_metrics(self, mode: str, prefix: str = "") -> dict[str, float | None]:
@@ -474,6 +585,18 @@ class FlowGRPOTrainer(RolloutMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
             write_report(self.args.output_dir)
         self.save_model(_internal_call=True)  # saved, and pushed only when the user says so
         return result
+
+
+_LOGGED_AS = {"ratio": "ratio/mean", "clip": "clip_ratio"}
+
+
+def _note(noted: dict | None, shape: torch.Size, chunk: TransitionChunk, statistics: dict) -> dict[str, torch.Tensor]:
+    """Statistics of a chunk's transitions `(m, ...)`, put in their places among those of all `(B, S, G, ...)`."""
+    if noted is None:
+        noted = {name: value.new_zeros(*shape, *value.shape[1:]) for name, value in statistics.items()}
+    for name, value in statistics.items():
+        noted[name][chunk.members] = value
+    return noted
 
 
 class _AfterUpdate(TrainerCallback):

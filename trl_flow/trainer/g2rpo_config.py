@@ -16,7 +16,7 @@
 
 from dataclasses import dataclass, field
 
-from .flow_grpo_config import FlowGRPOConfig
+from .flow_grpo_config import FlowGRPOConfig, with_default
 
 
 @dataclass
@@ -33,34 +33,15 @@ class G2RPOConfig(FlowGRPOConfig):
             mean (the paper's equation 12). Later steps are then off-policy.
     """
 
-    num_inference_steps: int = field(
-        default=16, metadata={"help": "Number of denoising steps T of a training rollout."}
+    num_inference_steps: int = with_default(FlowGRPOConfig, "num_inference_steps", 16)
+    guidance_scale: float = with_default(FlowGRPOConfig, "guidance_scale", 3.5)
+    num_generations: int = with_default(FlowGRPOConfig, "num_generations", 12)
+    same_initial_noise: bool = with_default(FlowGRPOConfig, "same_initial_noise", True)
+    beta: float = with_default(FlowGRPOConfig, "beta", 0.0)
+    multi_objective_aggregation: str = with_default(
+        FlowGRPOConfig, "multi_objective_aggregation", "normalize_then_sum"
     )
-    guidance_scale: float = field(
-        default=3.5, metadata={"help": "Guidance, in rollouts, training and evaluation, as the pipeline means it."}
-    )
-    num_generations: int = field(default=12, metadata={"help": "Number of branches per step and prompt, G."})
-    same_initial_noise: bool = field(
-        default=True,
-        metadata={"help": "The branches of a group leave one trunk: they always share the initial noise."},
-    )
-    beta: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the KL divergence from the base model. 0 saves the reference's evaluations."},
-    )
-    multi_objective_aggregation: str = field(
-        default="normalize_then_sum",
-        metadata={
-            "help": "Normalise the weighted sum of the rewards, or sum the advantages of each.",
-            "choices": ["sum_then_normalize", "normalize_then_sum"],
-        },
-    )
-    ema_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "Decay of the moving average of the adapter that is evaluated and saved. 0 switches it off."
-        },
-    )
+    ema_decay: float | None = with_default(FlowGRPOConfig, "ema_decay", None)
     granularities: list[int] = field(
         default_factory=lambda: [1, 2, 3],
         metadata={"help": "Strides of the ODE tails that score a branch; the advantages of all of them are summed."},

@@ -58,15 +58,10 @@ class G2RPOTrainer(FlowGRPOTrainer):
 
     def check_args(self):
         super().check_args()
-        if type(self._given_args) is G2RPOConfig and not self.args.same_initial_noise:
-            raise ValueError(
-                "same_initial_noise=False: in G2RPO all branches of a group leave one trunk. Leave it at True."
-            )
+        self.check_shared_noise(G2RPOConfig)
 
-    def plan(self) -> Plan:
-        return branch_plan(
-            self.args.num_inference_steps, self.num_generations, self.sde_steps, self.args.granularities
-        )
+    def plan(self, sde_steps) -> Plan:
+        return branch_plan(self.args.num_inference_steps, self.num_generations, sde_steps, self.args.granularities)
 
     @property
     def updates_per_pass(self) -> int:

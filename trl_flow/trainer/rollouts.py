@@ -43,41 +43,40 @@ class RolloutMixin:
 
     def _generate_and_score(self, rows: list[dict]) -> list[dict]:
         """Samples, scores and credits one rollout batch. Returns the micro-batches that it feeds, in training order."""
-        args, plan = self.args, self.plan()
+        args, sde_steps = self.args, self.rollout_steps()
+        plan, sigmas = self.plan(sde_steps), self.rollout_sigmas(sde_steps)
+        # Steps beyond the trainer's own grid are not stochastic.
+        noise_levels = (self.noise_levels + [0.0] * plan.num_steps)[: plan.num_steps]
         prompts = [row["prompt"] for row in rows]
         device = self.accelerator.device
         # As many prompts at once as fill a forward: few large batches instead of many small ones.
         prompts_per_sweep = max(1, args.rollout_batch_size // plan.width)
         times = dict.fromkeys(("rollout", "decode", "reward"), 0.0)
-        nodes, scores = [], []
+        nodes, scores, observed = [], [], []
         seen = defaultdict(int)
+        keys = []
+        for prompt in prompts:
+            keys.append(f"{self._step}|{prompt}|{seen[prompt]}")
+            seen[prompt] += 1
         for start in range(0, len(rows), prompts_per_sweep):
             part = prompts[start : start + prompts_per_sweep]
-            noise = []
-            for prompt in part:
-                noise.append(
-                    seeded_noise(
-                        args.seed,
-                        "train",
-                        self._step,
-                        prompt,
-                        seen[prompt],
-                        num_draws=plan.num_draws,
-                        latent_shape=self.policy.latent_shape,
-                    )
-                )
-                seen[prompt] += 1
+            noise = [
+                seeded_noise(args.seed, "train", key, num_draws=plan.num_draws, latent_shape=self.policy.latent_shape)
+                for key in keys[start : start + len(part)]
+            ]
             with timed(times, "rollout"):
                 rollout = execute(
                     plan,
                     self.velocity(part),
-                    self.sigmas,
+                    sigmas,
                     torch.stack(noise).to(device),
-                    self.noise_levels,
+                    noise_levels,
                     args.sde_type,
                     args.rollout_batch_size,
+                    self.policy.initial_scale(sigmas),
                 )
             self._nfe += rollout.num_evaluations
+            observed.append(self.observe(rollout))
             nodes.append(torch.stack(list(rollout.nodes.values()), dim=1))
             with timed(times, "decode"):
                 images = self.decode(rollout.leaves.flatten(0, 1))
@@ -113,17 +112,20 @@ class RolloutMixin:
             **self._normalization,
         )
         advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
+        advantages = self.redistribute(advantages, mask, None if observed[0] is None else torch.cat(observed).cpu())
         self._log_rollout(rewards, leaves, advantages, mask, plan, times)
 
         position = {node: number for number, node in enumerate(rollout.nodes)}
         everything = {
             "nodes": torch.cat(nodes),
             "advantages": advantages.float().to(device),
+            "trained": self.trained(advantages, mask, keys).to(device),
             "steps": torch.tensor(plan.steps),
             "parents": torch.tensor([[position[e.parent] for e in group] for group in edges]),
             "children": torch.tensor([[position[e.child] for e in group] for group in edges]),
             "prompts": prompts,
-            "old_log_probs": None,
+            "keys": keys,
+            "old": None,
         }
         # The part of the steps changes slowest: all prompts are trained at one part before the next.
         parts = torch.arange(len(plan.steps)).chunk(self.updates_per_pass)
@@ -134,9 +136,9 @@ class RolloutMixin:
             for start in range(0, len(prompts), size)
         ]
         for number, micro_batch in enumerate(micro_batches):
-            # The first update is on-policy: exp(logp - logp.detach()) is exactly 1 and needs no second evaluation.
-            if number >= args.gradient_accumulation_steps:
-                micro_batch["old_log_probs"] = self._log_probs(micro_batch)
+            # On-policy, exp(logp - logp.detach()) is exactly 1 and needs no second evaluation.
+            if not self.on_policy(number):
+                micro_batch["old"] = self.old_statistics(micro_batch)
         return micro_batches
 
     def decode(self, latents: torch.Tensor) -> list:

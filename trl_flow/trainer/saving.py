@@ -120,9 +120,11 @@ class SavingMixin:
                 "method": self._name,
                 "step": self._step,
                 "nfe": self._nfe,
+                "rows_trained": self._rows_trained,
                 "elapsed": self._elapsed,
                 "buffered_inputs": self._buffered_inputs,
                 "ema": None if self._ema is None else self._ema.state_dict(),
+                **self.method_state(),
             }
             torch.save(state, os.path.join(folder, f"rollout_state_{self.args.process_index}.pt"))
 
@@ -146,8 +148,17 @@ class SavingMixin:
             return
         state = self._rollout_state(checkpoint)
         self._step, self._nfe, self._elapsed = state["step"], state["nfe"], state["elapsed"]
+        self._rows_trained = state["rows_trained"]
         self._buffered_inputs = state["buffered_inputs"]
         self._load_average(state)
+        self.load_method_state(state)
+
+    def method_state(self) -> dict:
+        """What a method must find again in a checkpoint: tensors, numbers and lists of these, by name."""
+        return {}
+
+    def load_method_state(self, state: dict):
+        """Takes back what [`method_state`] gave."""
 
     def _rollout_state(self, checkpoint: str) -> dict:
         file = os.path.join(checkpoint, f"rollout_state_{self.args.process_index}.pt")

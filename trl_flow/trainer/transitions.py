@@ -48,8 +48,8 @@ def transition_chunks(
     each sibling by itself, because the mean of a step depends on the policy through the velocity alone.
 
     Args:
-        inputs (`dict`): `nodes (B, K, *latent)`, `advantages (B, S, G)`, `steps (S,)`, the positions of `parents` and
-            `children (S, G)` among the nodes, and the B `prompts`.
+        inputs (`dict`): `nodes (B, K, *latent)`, `advantages (B, S, G)`, which of these are `trained (B, S, G)`,
+            `steps (S,)`, the positions of `parents` and `children (S, G)` among the nodes, and the B `prompts`.
         sigmas (`torch.Tensor` of shape `(T + 1,)`): The grid.
         conditioning (`Callable`): Prompts -> their conditioning, one row each.
         batch_size (`int`): Largest number of rows of one chunk.
@@ -58,10 +58,11 @@ def transition_chunks(
     """
     num_prompts, device = len(inputs["prompts"]), inputs["nodes"].device
     table, sigmas = conditioning(inputs["prompts"]), sigmas.tolist()
-    informative = (inputs["advantages"] != 0).cpu()
-    if not skip_uninformative or not informative.any():
-        informative = torch.full_like(informative, not skip_uninformative)
-        informative[0, 0, 0] = True
+    trained = inputs["trained"].cpu()
+    informative = trained & (inputs["advantages"] != 0).cpu() if skip_uninformative else trained
+    if not informative.any():
+        informative = torch.zeros_like(trained)
+        informative.view(-1)[trained.int().argmax()] = True
     for s, step in enumerate(inputs["steps"].tolist()):
         parents, of_member = inputs["parents"][s].unique(return_inverse=True)
         rows = [
@@ -69,7 +70,7 @@ def transition_chunks(
         ]
         for start in range(0, len(rows), batch_size):
             b, u = torch.tensor(rows[start : start + batch_size]).unbind(1)
-            row, member = (of_member[None] == u[:, None]).nonzero(as_tuple=True)
+            row, member = ((of_member[None] == u[:, None]) & trained[b, s]).nonzero(as_tuple=True)
             b_device = b.to(device)
             yield TransitionChunk(
                 step=step,
@@ -89,9 +90,11 @@ def select_transitions(inputs: dict, prompts: range, steps: torch.Tensor) -> dic
     return {
         "nodes": inputs["nodes"][prompts],
         "advantages": inputs["advantages"][prompts][:, steps],
+        "trained": inputs["trained"][prompts][:, steps],
         "steps": inputs["steps"][steps],
         "parents": inputs["parents"][steps],
         "children": inputs["children"][steps],
         "prompts": [inputs["prompts"][b] for b in prompts],
-        "old_log_probs": None,
+        "keys": [inputs["keys"][b] for b in prompts],
+        "old": None,
     }

@@ -1,0 +1,62 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""Configuration shared by the methods that train on freshly noised samples."""
+
+import copy
+from dataclasses import dataclass, field
+
+from .flow_grpo_config import FlowGRPOConfig, _check_fraction, with_default
+
+
+@dataclass
+class ForwardProcessConfig(FlowGRPOConfig):
+    r"""
+    Configuration shared by [`DiffusionNFTConfig`] and [`AWMConfig`]: rollouts are deterministic, and the clean samples are
+    noised afresh for training. What belongs to stochastic steps (`sde_type`, `noise_level`) has no part in it.
+
+    Parameters:
+        sde_steps (`list[int]`, *optional*):
+            Grid indices to whose sigma samples are noised. Defaults to the method's.
+        timestep_fraction (`float`, *optional*, defaults to `0.99`):
+            Share of these that each sample is trained on, chosen at random for it.
+    """
+
+    guidance_scale: float = with_default(FlowGRPOConfig, "guidance_scale", 1.0)
+    kl_type: str = with_default(FlowGRPOConfig, "kl_type", "velocity")
+    sde_steps: list[int] | None = field(
+        default=None,
+        metadata={"help": "Grid indices to whose sigma samples are noised. Defaults to the method's."},
+    )
+    timestep_fraction: float = field(
+        default=0.99,
+        metadata={"help": "Share of the grid indices that each sample is trained on, chosen at random for it."},
+    )
+
+    @classmethod
+    def from_config(cls, config):
+        if type(config) is FlowGRPOConfig:
+            config = copy.copy(config)
+            config.kl_type = "velocity"  # the only one that there is here
+        return super().from_config(config)
+
+    def validate(self):
+        super().validate()
+        _check_fraction("timestep_fraction", self.timestep_fraction)
+        for name, only in (("objective", "clip"), ("step_weighting", "none"), ("kl_type", "velocity")):
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is about stochastic steps, and this method has none: expected {only!r}."
+                )
