@@ -19,8 +19,18 @@ import itertools
 import numpy as np
 import torch
 from datasets import Dataset
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
@@ -41,11 +51,8 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=12)
 
 
-def tiny_sd3(seed: int = 0, sample_size: int = 4) -> StableDiffusion3Pipeline:
-    """A `StableDiffusion3Pipeline` with random weights: latents 4 x 4 x 4, pictures 8 x 8, two text encoders, no T5."""
-    torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
-    text_config = CLIPTextConfig(
+def tiny_text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=32,
@@ -57,6 +64,55 @@ def tiny_sd3(seed: int = 0, sample_size: int = 4) -> StableDiffusion3Pipeline:
         eos_token_id=1,
         pad_token_id=1,
     )
+
+
+def tiny_vae(**kwargs) -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        **kwargs,
+    )
+
+
+def tiny_unet(cross_attention_dim: int, **kwargs) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=cross_attention_dim,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        **kwargs,
+    )
+
+
+def sd_scheduler(**kwargs) -> DDIMScheduler:
+    """The schedule of Stable Diffusion 1, 2 and XL, sampled by DDIM."""
+    config = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+    return DDIMScheduler(**(config | kwargs))
+
+
+def tiny_sd3(seed: int = 0, sample_size: int = 4) -> StableDiffusion3Pipeline:
+    """A `StableDiffusion3Pipeline` with random weights: latents 4 x 4 x 4, pictures 8 x 8, two text encoders, no T5."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    text_config = tiny_text_config(tokenizer)
     transformer = SD3Transformer2DModel(
         sample_size=sample_size,
         patch_size=1,
@@ -70,19 +126,7 @@ def tiny_sd3(seed: int = 0, sample_size: int = 4) -> StableDiffusion3Pipeline:
         pooled_projection_dim=32,
         pos_embed_max_size=8,
     )
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=1.5,
-        shift_factor=0.06,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae = tiny_vae(scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -93,6 +137,50 @@ def tiny_sd3(seed: int = 0, sample_size: int = 4) -> StableDiffusion3Pipeline:
         tokenizer_2=tokenizer,
         text_encoder_3=None,
         tokenizer_3=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_sd(seed: int = 0, scheduler: SchedulerMixin | None = None, **kwargs) -> StableDiffusionPipeline:
+    """A `StableDiffusionPipeline` (1.5) with random weights: latents 4 x 4 x 4, pictures 8 x 8, no safety checker."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    components = {
+        "vae": tiny_vae(),
+        "text_encoder": CLIPTextModel(tiny_text_config(tokenizer)),
+        "tokenizer": tokenizer,
+        "unet": tiny_unet(cross_attention_dim=16),
+        "scheduler": scheduler or sd_scheduler(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    pipeline = StableDiffusionPipeline(**(components | kwargs))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_sdxl(seed: int = 0, scheduler: SchedulerMixin | None = None) -> StableDiffusionXLPipeline:
+    """A `StableDiffusionXLPipeline` with random weights: latents 4 x 4 x 4, pictures 8 x 8, two text encoders."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    text_config = tiny_text_config(tokenizer)
+    pipeline = StableDiffusionXLPipeline(
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(text_config),
+        tokenizer_2=tokenizer,
+        # 8 numbers for each of the six sizes and positions of a picture, and 16 for its text.
+        unet=tiny_unet(
+            cross_attention_dim=32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 16,
+        ),
+        scheduler=scheduler or sd_scheduler(),
+        add_watermarker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -14,7 +14,7 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from pipelines import tiny_sd3
 
@@ -135,6 +135,7 @@ def test_without_noise_a_chain_is_the_stock_pipeline(guidance_scale, rows):
 def test_sigmas_are_the_stock_schedulers(steps):
     policy = make_policy()
     grid = policy.sigmas(steps)
+    assert policy.initial_scale(grid) == 1
     stock_call(policy, torch.randn(1, 4, 4, 4), steps, 1.0, output_type="latent")
     assert torch.equal(grid, policy.pipeline.scheduler.sigmas)
     assert grid.dtype == torch.float32 and len(grid) == steps + 1 and grid[0] == 1 and grid[-1] == 0
@@ -337,11 +338,8 @@ def test_bfloat16_pipelines_keep_float32_latents():
 
 
 def test_unknown_pipelines_are_refused():
-    nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor"))
-    pipeline = StableDiffusionPipeline(
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), requires_safety_checker=False, **nothing
-    )
-    with pytest.raises(ValueError, match="StableDiffusionPipeline is not supported.*StableDiffusion3Pipeline"):
+    pipeline = DDIMPipeline(unet=None, scheduler=DDIMScheduler())
+    with pytest.raises(ValueError, match="DDIMPipeline is not supported.*StableDiffusion3Pipeline"):
         FlowPolicy(pipeline)
     assert find_family("StableDiffusion3Pipeline").name == "Stable Diffusion 3"
 

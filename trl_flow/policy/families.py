@@ -29,6 +29,8 @@ class PipelineFamily:
         lora_target_modules (`tuple[str, ...]`): Modules that LoRA adapts unless the user says otherwise.
         component (`str`): Attribute of the pipeline that holds the denoiser.
         no_guidance (`float`): The `guidance_scale` at which the pipeline evaluates no unconditional branch.
+        scheduler (`str`): `"flow"` where the denoiser predicts a velocity, `"ddim"` where it predicts noise or v and
+            is sampled as a flow model in other coordinates (see [`trl_flow.policy.diffusion`]).
     """
 
     name: str
@@ -37,6 +39,7 @@ class PipelineFamily:
     lora_target_modules: tuple[str, ...]
     component: str = "transformer"
     no_guidance: float = 1.0
+    scheduler: str = "flow"
 
 
 STABLE_DIFFUSION_3 = PipelineFamily(
@@ -61,7 +64,34 @@ STABLE_DIFFUSION_3 = PipelineFamily(
     ),
 )
 
-FAMILIES = (STABLE_DIFFUSION_3,)
+# What DDPO and diffusers' text-to-image LoRA scripts adapt: the projections of self- and cross-attention.
+UNET_ATTENTION = ("to_k", "to_out.0", "to_q", "to_v")
+
+# Stable Diffusion 1 and 2, which share a pipeline.
+STABLE_DIFFUSION = PipelineFamily(
+    name="Stable Diffusion",
+    pipelines=("StableDiffusionPipeline",),
+    encoded=("prompt_embeds", "negative_prompt_embeds"),
+    lora_target_modules=UNET_ATTENTION,
+    component="unet",
+    scheduler="ddim",
+)
+
+STABLE_DIFFUSION_XL = PipelineFamily(
+    name="Stable Diffusion XL",
+    pipelines=("StableDiffusionXLPipeline",),
+    encoded=(
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+    lora_target_modules=UNET_ATTENTION,
+    component="unet",
+    scheduler="ddim",
+)
+
+FAMILIES = (STABLE_DIFFUSION_3, STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
 
 
 def find_family(pipeline_class_name: str) -> PipelineFamily:

@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
+from .diffusion import DDIMIdleScheduler, DDIMQueryScheduler, check_scheduler
 from .families import PipelineFamily, find_family
 from .schedulers import IdleScheduler, QueryScheduler
 
@@ -49,6 +50,9 @@ class FlowPolicy(nn.Module):
     output after guidance. Nothing of a model family (guidance, packing, position ids, signs, timesteps) is written
     again here, so what is trained equals what the pipeline computes at inference.
 
+    Diffusion pipelines (Stable Diffusion 1, 2 and XL) are flow models in other coordinates, sampled by DDIM: see
+    [`trl_flow.policy.diffusion`]. Latents, sigmas and velocities are in flow coordinates here and for every caller.
+
     The denoiser is the only registered child module: DDP and FSDP wrap the policy. The text encoders and the VAE are
     frozen and stay in the pipeline. The pipeline that is passed in keeps its own scheduler; LoRA layers are injected
     into its denoiser in place.
@@ -60,11 +64,13 @@ class FlowPolicy(nn.Module):
         height, width (`int`, *optional*): In pixels. Default: the pipeline's.
         guidance_scale (`float`, *optional*, defaults to `1.0`): As the pipeline means it.
         negative_prompt (`str`, *optional*, defaults to `""`): Used when guidance is on.
-        max_sequence_length (`int`, *optional*): Text tokens. Default: the pipeline's.
+        max_sequence_length (`int`, *optional*): Text tokens. Default: the pipeline's. Not for pipelines that have no
+            such argument.
         cache_size (`int`, *optional*, defaults to `1024`): Prompts whose conditioning is kept.
 
     Raises:
-        ValueError: If the pipeline class is unknown, or refuses the resolution.
+        ValueError: If the pipeline class is unknown, refuses the resolution, takes no `max_sequence_length`, or has a
+            scheduler that DDIM cannot stand in for.
     """
 
     def __init__(
@@ -87,6 +93,12 @@ class FlowPolicy(nn.Module):
         self._cache: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
         # `__call__` without `torch.no_grad`, so that gradients reach the denoiser.
         self._call = inspect.unwrap(type(pipeline).__call__)
+        call_parameters = inspect.signature(self._call).parameters
+        if max_sequence_length is not None and "max_sequence_length" not in call_parameters:
+            raise ValueError(
+                f"max_sequence_length={max_sequence_length}: {type(pipeline).__name__} always takes as many text "
+                "tokens as its text encoder does. Leave it unset."
+            )
         self.call_arguments = {
             name: value
             for name, value in {
@@ -95,8 +107,13 @@ class FlowPolicy(nn.Module):
                 "guidance_scale": guidance_scale,
                 "max_sequence_length": max_sequence_length,
             }.items()
-            if value is not None and name in inspect.signature(self._call).parameters
+            if value is not None and name in call_parameters
         }
+
+        query, idle = QueryScheduler, IdleScheduler
+        if self.family.scheduler == "ddim":
+            check_scheduler(pipeline.scheduler)
+            query, idle = DDIMQueryScheduler, DDIMIdleScheduler
 
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
@@ -115,11 +132,15 @@ class FlowPolicy(nn.Module):
 
         # Shallow copies: the same components and settings, each with a scheduler of its own.
         self._query = copy.copy(pipeline)
-        self._query.scheduler = QueryScheduler.from_config(pipeline.scheduler.config)
+        self._query.scheduler = query.from_config(pipeline.scheduler.config)
         self._idle = copy.copy(pipeline)
-        self._idle.scheduler = IdleScheduler.from_config(pipeline.scheduler.config)
+        self._idle.scheduler = idle.from_config(pipeline.scheduler.config)
         for copied in (self._query, self._idle):
             copied.set_progress_bar_config(disable=True)
+            # A picture that a safety checker has blanked would be scored as what the denoiser drew. It is off in
+            # training only: the pipeline that was passed in, and whatever loads the adapter, keeps its own.
+            if getattr(copied, "safety_checker", None) is not None:
+                copied.safety_checker = None
         self.config = PolicyConfig(pipeline=type(pipeline).__name__, **self.call_arguments)
         self.config._name_or_path = pipeline.config.get("_name_or_path") or ""
         self.latent_shape = tuple(self._idle_call(num_inference_steps=1, output_type="latent").shape[1:])
@@ -139,14 +160,20 @@ class FlowPolicy(nn.Module):
 
         Args:
             latents (`torch.Tensor` of shape `(n, *latent)`): x at `sigma`.
-            sigma (`float`): Flow time in (0, 1], one for all rows.
+            sigma (`float`): Flow time in (0, 1], one for all rows. For diffusion pipelines that of a training
+                timestep, as all of [`FlowPolicy.sigmas`] but the end are.
             conditioning (`dict[str, torch.Tensor]`): As [`FlowPolicy.conditioning`] returns it, n rows.
 
         Returns:
             `torch.Tensor` of shape `(n, *latent)`, float32.
+
+        Raises:
+            ValueError: If `sigma` is not the flow time of a training timestep (diffusion pipelines).
         """
         self._query.scheduler.sigma = sigma
-        (velocity,) = self._call(
+        if self.family.scheduler == "ddim":
+            self._query.scheduler.dtype = conditioning["prompt_embeds"].dtype
+        velocity = self._call(
             self._query,
             latents=latents,
             num_inference_steps=1,
@@ -154,7 +181,7 @@ class FlowPolicy(nn.Module):
             return_dict=False,
             **conditioning,
             **self.call_arguments,
-        )
+        )[0]
         return velocity.float()
 
     @torch.no_grad()
@@ -169,7 +196,8 @@ class FlowPolicy(nn.Module):
             "device": self.device,
             "num_images_per_prompt": 1,
             "do_classifier_free_guidance": self.guidance_scale > self.family.no_guidance,
-            "negative_prompt": self.negative_prompt,
+            # None is what a pipeline takes by default; to SDXL it means zeros, and "" the embedding of the empty text.
+            "negative_prompt": self.negative_prompt or None,
             "max_sequence_length": self.call_arguments.get("max_sequence_length"),
         }
         arguments = {name: value for name, value in arguments.items() if name in parameters and value is not None}
@@ -199,12 +227,15 @@ class FlowPolicy(nn.Module):
         Pictures of clean latents, by the pipeline's own decoding.
 
         Args:
-            latents (`torch.Tensor` of shape `(n, *latent)`).
+            latents (`torch.Tensor` of shape `(n, *latent)`): At the end of the grid that [`FlowPolicy.sigmas`] gives.
             batch_size (`int`, *optional*): Largest number of latents decoded at once.
 
         Returns:
             `torch.Tensor` of shape `(n, 3, height, width)` in [0, 1], float32, on the CPU.
         """
+        latents = latents * self._idle.scheduler.final_scale
+        if self.family.scheduler == "ddim":
+            latents = latents.to(self.pipeline.vae.dtype)  # flow pipelines cast what they are given, these do not
         return torch.cat(
             [
                 self._idle_call(latents=rows, num_inference_steps=1, output_type="pt").float().cpu()
@@ -218,15 +249,32 @@ class FlowPolicy(nn.Module):
         return tuple(self.decode(torch.zeros(1, *self.latent_shape, device=self.device)).shape[-2:])
 
     def sigmas(self, num_inference_steps: int) -> torch.Tensor:
-        """The descending grid of T + 1 flow times that the pipeline itself uses for T steps, float32, on the CPU."""
+        """
+        The descending grid of T + 1 flow times that the pipeline itself uses for T steps, float32, on the CPU.
+
+        It ends at 0; for diffusion pipelines, it is that of DDIM's timesteps and ends where DDIM does, which is above
+        0 when the scheduler has `set_alpha_to_one=False`.
+        """
         self._idle_call(num_inference_steps=num_inference_steps, output_type="latent")
-        grid = self._idle.scheduler.grid
-        if not (grid.diff() < 0).all() or grid[0] > 1 or grid[-1] != 0:
+        grid, end = self._idle.scheduler.grid, self._idle.scheduler.final_sigma
+        if not (grid.diff() < 0).all() or grid[0] > 1 or grid[-1] != end:
             raise ValueError(
                 f"The pipeline's sigma grid for {num_inference_steps} steps is {grid.tolist()}: expected it to descend "
-                "from at most 1 to 0."
+                f"from at most 1 to {end}."
             )
         return grid
+
+    def initial_scale(self, sigmas: torch.Tensor) -> float:
+        """
+        Factor that makes unit normal noise the latents at the start of a grid, as the stock pipeline starts from them.
+
+        Args:
+            sigmas (`torch.Tensor` of shape `(T + 1,)`): As [`FlowPolicy.sigmas`] returns them.
+
+        Returns:
+            `float`: 1 for flow pipelines; 1 / (alpha + s) at the first timestep for diffusion pipelines.
+        """
+        return self._idle.scheduler.initial_scale(sigmas[0].item())
 
     def reference(self):
         """Context in which the policy is the frozen base model (the adapter is off)."""
@@ -252,7 +300,7 @@ class FlowPolicy(nn.Module):
         conditioning = self.encode("")
         if latents is not None:
             conditioning = {name: value.expand(len(latents), *value.shape[1:]) for name, value in conditioning.items()}
-        (result,) = self._call(
+        result = self._call(
             self._idle,
             latents=latents,
             # A generator of its own: asking for a shape must not move the global random state.
@@ -261,5 +309,5 @@ class FlowPolicy(nn.Module):
             **conditioning,
             **arguments,
             **self.call_arguments,
-        )
+        )[0]
         return result

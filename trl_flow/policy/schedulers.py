@@ -40,12 +40,19 @@ class IdleScheduler(FlowMatchEulerDiscreteScheduler):
     """
     No denoising step at all: the pipeline prepares its latents, sets its sigma grid and decodes what it was given.
 
-    `grid` keeps the last sigma grid that the pipeline set, T + 1 values with the final 0.
+    `grid` keeps the last sigma grid that the pipeline set, T + 1 values with the final 0. `final_scale` turns the
+    latents at its end into those that the pipeline decodes, and `initial_scale(sigma)` turns unit normal noise into
+    the latents at its start: for flow models they are the same.
     """
 
     grid: torch.Tensor | None = None
+    final_sigma = 0.0
+    final_scale = 1.0
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
         self.grid = self.sigmas.cpu()
         self.timesteps = self.timesteps[:0]
+
+    def initial_scale(self, sigma: float) -> float:
+        return 1.0
