@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 
-METHODS := dense-grpo g2rpo flow-grpo
+METHODS := awm b2-diffu-rl coca dance-grpo dense-grpo diffusion-nft flow-grpo flow-grpo-fast g2rpo mix-grpo temp-flow-grpo turning-point-grpo
 METHOD ?= dense-grpo
 OUTPUT_DIR ?= runs/$(METHOD)-$(shell date +%Y%m%d-%H%M%S)
 

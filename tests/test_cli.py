@@ -14,7 +14,6 @@
 
 """The command line: help, errors, precedence, and when a run goes through `accelerate launch`."""
 
-import importlib
 import json
 import os
 import shlex
@@ -29,14 +28,17 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+import trl_flow
 from trl_flow import cli
 from trl_flow.scripts import launcher
 from trl_flow.scripts.arguments import FlowScriptArguments
-from trl_flow.scripts.generate import GenerateArguments, make_grid, run_config
+from trl_flow.scripts.generate import GenerateArguments, make_grid, run_config, sampling_arguments
+from trl_flow.scripts.methods import METHODS
 from trl_flow.scripts.parser import FlowParser
 from trl_flow.scripts.training import (
     default_rewards,
     held_out_scores,
+    make_training_parser,
     own_fields,
     paired_intervals,
     resolved_config,
@@ -55,6 +57,9 @@ class Settings:
     num_generations: int = field(default=4, metadata={"help": "Group size."})
     reward_funcs: list[str] | None = field(default=None, metadata={"help": "Rewards."})
     weights: list[float] | None = field(default=None, metadata={"help": "Weights."})
+    window: list[int] = field(default_factory=lambda: [0, 2], metadata={"help": "Window."})
+    share: float | None = field(default=0.5, metadata={"help": "Share."})
+    limit: int | None = field(default=None, metadata={"help": "Limit."})
     kind: str = field(default="flow", metadata={"help": "Kind.", "choices": ["flow", "cps"]})
     shuffle: bool = field(default=True, metadata={"help": "Shuffle."})
 
@@ -97,6 +102,12 @@ class TestParser:
             ({"learning_rate": 1}, {"learning_rate": 1.0}),
             ({"learning_rate": "1e-3"}, {"learning_rate": 1e-3}),
             ({"reward_funcs": None}, {"reward_funcs": None}),
+            ({"window": [1, 3]}, {"window": [1, 3]}),
+            ({"window": 1}, {"window": [1]}),
+            ({}, {"window": [0, 2], "share": 0.5, "limit": None}),
+            ({"share": 1, "limit": 3}, {"share": 1.0, "limit": 3}),
+            ({"share": "1e-5"}, {"share": 1e-5}),
+            ({"share": None, "limit": None}, {"share": None, "limit": None}),
         ],
     )
     def test_file_values_become_what_the_command_line_makes_of_them(self, tmp_path, config, expected):
@@ -105,9 +116,16 @@ class TestParser:
             assert getattr(settings, name) == value
             assert type(getattr(settings, name)) is type(value)
 
+    def test_lists_and_optional_numbers_on_the_command_line(self, tmp_path):
+        (settings,) = parse(tmp_path, ["--window", "1", "3", "--share", "1e-5", "--limit", "3"], {"window": [5, 6]})
+        assert (settings.window, settings.share, settings.limit) == ([1, 3], 1e-5, 3)
+
     @pytest.mark.parametrize(
         "config, message",
         [
+            ({"window": [0, 2.5]}, "window: 2.5 is not a valid int"),
+            ({"share": "half"}, "share: 'half' is not a valid float"),
+            ({"limit": 2.5}, "limit: 2.5 is not a valid int"),
             ({"num_generations": 2.5}, "num_generations: 2.5 is not a valid int"),
             ({"num_generations": True}, "num_generations: True is not a valid int"),
             ({"weights": [1, "many"]}, "weights: 'many' is not a valid float"),
@@ -246,10 +264,17 @@ class TestLauncher:
 
 
 class TestMain:
-    def test_help_names_every_command(self):
-        result = subprocess.run([sys.executable, "-m", "trl_flow.cli", "--help"], capture_output=True, text=True)
-        assert result.returncode == 0
-        assert all(f"  {name} " in result.stdout for name in COMMANDS)
+    def test_help_names_every_command_and_imports_nothing_heavy(self):
+        code = (
+            "import sys; from trl_flow import cli; cli.main(['--help']);"
+            "print([name for name in ('torch', 'transformers', 'trl', 'yaml') if name in sys.modules])"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        *lines, imported = result.stdout.splitlines()
+        assert imported == "[]"
+        titles = [line.removesuffix(":") for line in lines if line.endswith(":") and not line.startswith(" ")]
+        assert titles == ["Train", "Prepare", "Look", "Examples"]
+        assert all(any(line.startswith(f"  {name} ") for line in lines) for name in COMMANDS)
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_help_of_a_command(self, command, capsys):
@@ -258,6 +283,8 @@ class TestMain:
         assert caught.value.code == 0
         output = capsys.readouterr().out
         assert output.startswith(f"usage: trl-flow {command}")
+        if command in METHODS:
+            assert METHODS[command].description in " ".join(output.split())
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_unknown_argument(self, command, capsys):
@@ -305,6 +332,31 @@ class TestMain:
         assert cli.without(args, ["--num_processes", "2"]) == ["--max_steps", "2", "--seed", "2"]
 
 
+class TestMethods:
+    @pytest.mark.parametrize("command", METHODS)
+    def test_classes(self, command):
+        method = METHODS[command]
+        trainer, config = getattr(trl_flow, method.trainer), getattr(trl_flow, method.config)
+        assert trainer.__name__ == method.trainer and config.__name__ == method.config
+        assert trainer._config_class is config
+        assert method.summary.startswith(f"{trainer._name}: ")
+        assert method.description.startswith(f"Train a pipeline with {trainer._name}")
+        assert trainer._tag_names[-1] == command
+
+    def test_no_trainer_without_a_command(self):
+        exported = {name for name in trl_flow.__all__ if name.endswith(("Trainer", "Config"))}
+        assert exported == {name for method in METHODS.values() for name in (method.trainer, method.config)}
+
+    @pytest.mark.parametrize("folder", ["shapes", "sd3.5-medium"])
+    def test_each_has_its_examples(self, folder):
+        assert {path.stem for path in (ROOT / "examples" / folder).glob("*.yaml")} == set(METHODS)
+
+    def test_make_knows_them(self):
+        result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        (line,) = [line for line in result.stdout.splitlines() if "METHOD is one of: " in line]
+        assert line.partition(": ")[2].partition(".")[0].split() == sorted(METHODS)
+
+
 class TestTrainingCommand:
     @pytest.mark.parametrize(
         "values",
@@ -340,10 +392,10 @@ class TestTrainingCommand:
         assert paired_intervals(str(tmp_path)) == {"shapes": pytest.approx(1.96 * 0.1 / 3**0.5)}
         assert paired_intervals(str(tmp_path / "elsewhere")) == {}
 
-    @pytest.mark.parametrize("command", cli.TRAINING_COMMANDS)
+    @pytest.mark.parametrize("command", METHODS)
     def test_written_config_repeats_the_run(self, tmp_path, command):
         def parse(*args):
-            return parser_of(command).parse_args_and_config(args)
+            return make_training_parser(command).parse_args_and_config(args)
 
         script_args, training_args = parse(
             "--config", str(ROOT / "examples" / "shapes" / f"{command}.yaml"),
@@ -364,11 +416,20 @@ class TestTrainingCommand:
         for name in own_fields(type(training_args)):
             assert getattr(again_training, name) == getattr(training_args, name), name
 
+    def test_written_config_says_none_where_it_is_not_the_default(self, tmp_path):
+        (tmp_path / "config.yaml").write_text(f"ema_decay: null\noutput_dir: {tmp_path}/run\n")
+        parser = make_training_parser("flow-grpo")
+        config = resolved_config(*parser.parse_args_and_config(["--config", str(tmp_path / "config.yaml")]))
+        assert {name for name, value in config.items() if value is None} == {"ema_decay"}
+        parser = make_training_parser("flow-grpo")
+        _, again = parser.parse_args_and_config(["--config", str(write_config(config, "flow-grpo"))])
+        assert again.ema_decay is None
+
     @pytest.mark.parametrize(
         "path", sorted((ROOT / "examples").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
     )
     def test_examples_are_valid(self, path, tmp_path):
-        script_args, training_args, *rest = parser_of(path.stem).parse_args_and_config(
+        script_args, training_args, *rest = make_training_parser(path.stem).parse_args_and_config(
             ["--config", str(path), "--output_dir", str(tmp_path), "--bf16", "false"], return_remaining_strings=True
         )
         assert rest == [[]]
@@ -376,7 +437,7 @@ class TestTrainingCommand:
             assert script_args.reward_funcs and script_args.dataset_name
 
     def test_help_sets_the_method_apart(self):
-        text = parser_of("dense-grpo").format_help()
+        text = make_training_parser("dense-grpo").format_help()
         titles = [
             "Model and adapter:",
             "Rewards and prompts:",
@@ -490,11 +551,6 @@ class TestRuns:
         ]
 
 
-def parser_of(command):
-    module = importlib.import_module(f"trl_flow.scripts.{command.replace('-', '_')}")
-    return module.make_parser(prog=f"trl-flow {command}")
-
-
 class TestGenerate:
     @pytest.mark.parametrize(
         "values, message",
@@ -515,6 +571,19 @@ class TestGenerate:
         assert run_config(str(tmp_path)) == {}
         (tmp_path / "config.yaml").write_text("model_name_or_path: shapes\nguidance_scale: 1.0\n")
         assert run_config(str(tmp_path)) == {"model_name_or_path": "shapes", "guidance_scale": 1.0}
+
+    def test_samples_as_the_adapters_run_evaluated(self):
+        class Pipeline:
+            def __call__(self, prompt, num_inference_steps=28, guidance_scale=7.0): ...
+
+        config = {"num_inference_steps": 10, "num_eval_inference_steps": 40, "guidance_scale": 1.0, "height": 512}
+        args = GenerateArguments(model="m", prompts=["a"])
+        expected = {"num_inference_steps": 40, "guidance_scale": 1.0}
+        assert sampling_arguments(Pipeline(), args, config) == expected
+        config["eval_guidance_scale"] = 4.5
+        assert sampling_arguments(Pipeline(), args, config) == expected | {"guidance_scale": 4.5}
+        args = GenerateArguments(model="m", prompts=["a"], guidance_scale=2.0)
+        assert sampling_arguments(Pipeline(), args, config) == expected | {"guidance_scale": 2.0}
 
     @pytest.mark.parametrize("count", [1, 2])
     def test_grid_shows_every_picture(self, count):

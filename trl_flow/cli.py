@@ -20,14 +20,11 @@ import os
 import sys
 
 from . import __version__
+from .scripts.methods import METHODS
 
 
 COMMANDS = {
-    "Train": {
-        "flow-grpo": "Flow-GRPO: one reward for a whole trajectory",
-        "dense-grpo": "DenseGRPO: a reward for each denoising step, from its deterministic continuation",
-        "g2rpo": "G2RPO: one stochastic step at a time, judged at several granularities",
-    },
+    "Train": {name: method.summary for name, method in METHODS.items()},
     "Prepare": {
         "calibrate": "find a noise level for each step (DenseGRPO, Algorithm 1)",
         "make-shapes": "make the embedded shapes pipeline again, from a seed",
@@ -37,15 +34,15 @@ COMMANDS = {
         "env": "print versions and hardware, for bug reports",
     },
 }
-TRAINING_COMMANDS = tuple(COMMANDS["Train"])
 
 USAGE = "usage: trl-flow [--help] [--version] [--debug] COMMAND [--config FILE.yaml] [--NAME VALUE ...]"
 
 
 def format_help() -> str:
     lines = [USAGE, "", "Align flow-matching pipelines with reward functions by online reinforcement learning."]
+    width = max(len(name) for commands in COMMANDS.values() for name in commands)
     for title, commands in COMMANDS.items():
-        lines += ["", f"{title}:", *(f"  {name:<12} {text}" for name, text in commands.items())]
+        lines += ["", f"{title}:", *(f"  {name:<{width}}  {text}" for name, text in commands.items())]
     lines += [
         "",
         "`trl-flow COMMAND --help` lists the settings of a command. Any of them can stand in a YAML file (--config);",
@@ -63,20 +60,20 @@ def format_help() -> str:
 
 def run(command: str, args: list[str]) -> int:
     """Run one command in this process, or a training command under `accelerate launch` where that is asked for."""
-    module = importlib.import_module(f"trl_flow.scripts.{command.replace('-', '_')}")
-    parser = module.make_parser(prog=f"trl-flow {command}")
-    if command not in TRAINING_COMMANDS:
-        module.main(*parser.parse_args_and_config(args))
+    if command not in METHODS:
+        module = importlib.import_module(f"trl_flow.scripts.{command.replace('-', '_')}")
+        module.main(*module.make_parser(prog=f"trl-flow {command}").parse_args_and_config(args))
         return 0
 
     from .scripts.launcher import launch, needs_launch
+    from .scripts.training import make_training_parser, run_training
 
-    *parsed, from_file, from_line = parser.parse_args_and_config(
+    *parsed, from_file, from_line = make_training_parser(command).parse_args_and_config(
         args, return_remaining_strings=True, separate_remaining_strings=True
     )
     if needs_launch(from_file + from_line):
         return launch(command, without(args, from_line), from_file + from_line)
-    module.main(*parsed)
+    run_training(command, *parsed)
     return 0
 
 

@@ -208,6 +208,8 @@ def sampling_arguments(pipeline: "DiffusionPipeline", args: GenerateArguments, c
     names = ["num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length", "negative_prompt"]
     fallback = {name: config.get(name) for name in names}
     fallback["num_inference_steps"] = config.get("num_eval_inference_steps") or config.get("num_inference_steps")
+    if config.get("eval_guidance_scale") is not None:
+        fallback["guidance_scale"] = config["eval_guidance_scale"]
     for name, value in default_call_arguments(config.get("model_name_or_path") or args.model).items():
         fallback[name] = fallback[name] if fallback[name] is not None else value
     accepted = inspect.signature(type(pipeline).__call__).parameters

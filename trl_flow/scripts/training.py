@@ -14,7 +14,6 @@
 
 """What the training commands share: parser, run directory, training, and the last words."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -28,8 +27,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
-from .. import __version__
+import trl_flow
+
 from .arguments import FlowScriptArguments
+from .methods import METHODS
 from .parser import FlowParser
 from .quiet import quieten
 
@@ -81,41 +82,26 @@ NOT_PART_OF_A_RUN = {
 }
 
 
-def make_training_parser(
-    config_class: type,
-    name: str,
-    description: str,
-    subparsers: argparse._SubParsersAction | None = None,
-    prog: str | None = None,
-) -> FlowParser:
+def make_training_parser(command: str) -> FlowParser:
     """
     Parser of a training command.
 
     Args:
-        config_class (`type`):
-            Config of the method.
-        name (`str`):
-            Name of the command.
-        description (`str`):
-            First lines of the help.
-        subparsers (`argparse._SubParsersAction`, *optional*):
-            Where to add the parser; by default it stands alone.
-        prog (`str`, *optional*):
-            Name of the program in the help.
+        command (`str`):
+            Name in [`METHODS`].
     """
+    config_class = getattr(trl_flow, METHODS[command].config)
     general = {name for names in TRAINING_SETTINGS.values() for name in names}
     method = [name for name in own_fields(config_class) if name not in general]
-    settings = dict(
+    return FlowParser(
         dataclass_types=(FlowScriptArguments, config_class),
         help_groups={**FlowScriptArguments.HELP_GROUPS, "Method": method, **TRAINING_SETTINGS},
         launches=True,
-        description=description,
+        prog=f"trl-flow {command}",
+        description=METHODS[command].description,
         epilog="The arguments of `accelerate launch` (--num_processes, --multi_gpu, ...) and --accelerate_config "
         "NAME|FILE are accepted too.",
     )
-    if subparsers is not None:
-        return subparsers.add_parser(name, help=description, **settings)
-    return FlowParser(prog=prog, **settings)
 
 
 def own_fields(config_class: type) -> list[str]:
@@ -142,10 +128,14 @@ def resolved_config(script_args: FlowScriptArguments, training_args: Any) -> dic
         if name in ours or name == "output_dir" or not _is_default(fields[name], value)
     }
     values = {**dataclasses.asdict(script_args), **values}
+    # None is left out where it is what an absent setting becomes, and kept where it stands for something else.
+    fields |= {field.name: field for field in dataclasses.fields(script_args)}
     kept = {
         name: value
         for name, value in values.items()
-        if value is not None and not name.endswith("_token") and name not in NOT_PART_OF_A_RUN
+        if not (value is None and _default(fields[name]) is None)
+        and not name.endswith("_token")
+        and name not in NOT_PART_OF_A_RUN
     }
     # Through JSON: enums, tuples and paths become what YAML writes without Python tags.
     return json.loads(json.dumps(kept, default=str))
@@ -155,7 +145,7 @@ def _is_default(field: dataclasses.Field, value: Any) -> bool:
     from transformers.trainer_pt_utils import AcceleratorConfig
 
     # Not by comparison with a second, default config: making one would reset the state of the process group.
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    default = _default(field)
     if field.name == "accelerator_config":
         return value == AcceleratorConfig().to_dict()
     if value == []:
@@ -163,11 +153,15 @@ def _is_default(field: dataclasses.Field, value: Any) -> bool:
     return value == getattr(default, "value", default)
 
 
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default
+
+
 def write_config(config: dict[str, Any], command: str) -> Path:
     """Write `config.yaml` into the run's directory."""
     path = Path(config["output_dir"]) / "config.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = f"# trl-flow {__version__}: `trl-flow {command} --config {path} --output_dir ELSEWHERE` repeats this run.\n"
+    head = f"# trl-flow {trl_flow.__version__}: `trl-flow {command} --config {path} --output_dir ELSEWHERE` repeats this run.\n"
     path.write_text(head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110))
     return path
 
@@ -183,15 +177,13 @@ def default_rewards(script_args: FlowScriptArguments) -> list[str]:
     )
 
 
-def run_training(trainer_class: type, command: str, script_args: FlowScriptArguments, training_args: Any) -> None:
+def run_training(command: str, script_args: FlowScriptArguments, training_args: Any) -> None:
     """
     Train, save, report.
 
     Args:
-        trainer_class (`type`):
-            Trainer of the method.
         command (`str`):
-            Name of the command, for the run's `config.yaml`.
+            Name in [`METHODS`].
         script_args ([`FlowScriptArguments`]):
             Model, adapter, rewards and prompts.
         training_args ([`FlowGRPOConfig`]):
@@ -209,7 +201,7 @@ def run_training(trainer_class: type, command: str, script_args: FlowScriptArgum
     script_args.reward_funcs = default_rewards(script_args)
     config = resolved_config(script_args, training_args)
 
-    trainer = make_trainer(trainer_class, script_args, training_args)
+    trainer = make_trainer(getattr(trl_flow, METHODS[command].trainer), script_args, training_args)
     # What the model asks for where nothing was said: the run is repeated with it.
     config |= {name: trainer.policy.call_arguments[name] for name in default_call_arguments(trainer.base_model)}
     # When training begins, and not before: what is refused leaves no trace.
