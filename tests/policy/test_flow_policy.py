@@ -348,3 +348,22 @@ def test_unknown_pipelines_are_refused():
 def test_resolutions_that_the_pipeline_cannot_make(size):
     with pytest.raises(ValueError, match="divisible by"):
         make_policy(**size)
+
+
+def test_another_guidance_scale_for_a_while():
+    """Trained without guidance, evaluated with it: the same as a policy that always has it, and then as before."""
+    policy, guided = FlowPolicy(tiny_sd3(), guidance_scale=1.0), FlowPolicy(tiny_sd3(), guidance_scale=4.5)
+    latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
+    prompts = ["a red circle", "two square"]
+
+    def velocity(policy):
+        with torch.no_grad():
+            return policy(latents, 0.5, policy.conditioning(prompts))
+
+    plain = velocity(policy)
+    with policy.guided(4.5):
+        assert torch.equal(velocity(policy), velocity(guided))
+    assert not torch.equal(plain, velocity(guided))
+    assert torch.equal(velocity(policy), plain)
+    with policy.guided(None):
+        assert torch.equal(velocity(policy), plain)

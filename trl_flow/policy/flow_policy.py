@@ -18,6 +18,7 @@ import copy
 import functools
 import inspect
 from collections import OrderedDict
+from contextlib import contextmanager
 
 import torch
 from diffusers import DiffusionPipeline
@@ -90,7 +91,7 @@ class FlowPolicy(nn.Module):
         self.negative_prompt = negative_prompt
         self.guidance_scale = guidance_scale
         self.cache_size = cache_size
-        self._cache: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, bool], dict[str, torch.Tensor]] = OrderedDict()
         # `__call__` without `torch.no_grad`, so that gradients reach the denoiser.
         self._call = inspect.unwrap(type(pipeline).__call__)
         call_parameters = inspect.signature(self._call).parameters
@@ -187,15 +188,16 @@ class FlowPolicy(nn.Module):
     @torch.no_grad()
     def encode(self, prompt: str) -> dict[str, torch.Tensor]:
         """Conditioning of one prompt, as arguments of the pipeline's call with one row each. Kept for the next time."""
-        if prompt in self._cache:
-            self._cache.move_to_end(prompt)
-            return self._cache[prompt]
+        guided = self.guidance_scale > self.family.no_guidance
+        if (prompt, guided) in self._cache:
+            self._cache.move_to_end((prompt, guided))
+            return self._cache[prompt, guided]
         parameters = inspect.signature(self.pipeline.encode_prompt).parameters
         arguments = {
             "prompt": prompt,
             "device": self.device,
             "num_images_per_prompt": 1,
-            "do_classifier_free_guidance": self.guidance_scale > self.family.no_guidance,
+            "do_classifier_free_guidance": guided,
             # None is what a pipeline takes by default; to SDXL it means zeros, and "" the embedding of the empty text.
             "negative_prompt": self.negative_prompt or None,
             "max_sequence_length": self.call_arguments.get("max_sequence_length"),
@@ -211,7 +213,7 @@ class FlowPolicy(nn.Module):
         conditioning = {
             name: value for name, value in zip(self.family.encoded, encoded, strict=True) if value is not None
         }
-        self._cache[prompt] = conditioning
+        self._cache[prompt, guided] = conditioning
         if len(self._cache) > self.cache_size:
             self._cache.popitem(last=False)
         return conditioning
@@ -275,6 +277,21 @@ class FlowPolicy(nn.Module):
             `float`: 1 for flow pipelines; 1 / (alpha + s) at the first timestep for diffusion pipelines.
         """
         return self._idle.scheduler.initial_scale(sigmas[0].item())
+
+    @contextmanager
+    def guided(self, guidance_scale: float | None):
+        """Context with another guidance scale; `None` changes nothing."""
+        if guidance_scale is None:
+            yield
+            return
+        usual, usual_arguments = self.guidance_scale, self.call_arguments
+        self.guidance_scale = guidance_scale
+        if "guidance_scale" in usual_arguments:
+            self.call_arguments = {**usual_arguments, "guidance_scale": guidance_scale}
+        try:
+            yield
+        finally:
+            self.guidance_scale, self.call_arguments = usual, usual_arguments
 
     def reference(self):
         """Context in which the policy is the frozen base model (the adapter is off)."""

@@ -66,7 +66,7 @@ class EvaluationMixin:
         scores, images = [], {}
         self.model.eval()
         self._metrics["eval"].clear()
-        with self.averaged_weights():
+        with self.averaged_weights(), self.policy.guided(args.eval_guidance_scale):
             for start in range(0, len(mine), args.rollout_batch_size):
                 numbers = mine[start : start + args.rollout_batch_size]
                 rows = [dataset[number] for number in numbers]

@@ -203,6 +203,7 @@ class SavingMixin:
             call_arguments={
                 "num_inference_steps": self.args.num_eval_inference_steps,
                 **self.policy.call_arguments,
+                **({} if self.args.eval_guidance_scale is None else {"guidance_scale": self.args.eval_guidance_scale}),
                 **({"negative_prompt": self.policy.negative_prompt} if self.policy.negative_prompt else {}),
             },
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
