@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 
 from trl_flow.report import load_history, write_report
@@ -298,3 +299,77 @@ class TestLoadHistory:
     def test_trained_scores_come_first(self, tmp_path):
         log = [{"step": 0, "eval_rewards/a/mean": 0.1, "eval_rewards/b/mean": 0.1}, {"step": 1, "rewards/b/mean": 0.1}]
         assert load_history(tmp_path, log).eval_names() == ["b", "a"]
+
+
+def hacked_run(run_dir: Path, scale: float = 1.0) -> Path:
+    """Trained on `partial`, `strict` only watched; signalled at 8 and 12, and rolled back to 4."""
+    write_run(run_dir)
+    state = json.loads((run_dir / "trainer_state.json").read_text())
+    log = [{k: v for k, v in entry.items() if not k.startswith("rewards/strict")} for entry in state["log_history"]]
+    for entry in log:
+        if "eval_reward" in entry:
+            entry["eval_rewards/strict/mean"] = scale * (0.48 - 0.01 * entry["step"])
+            entry["eval_rewards/strict/std"] = scale * 0.5
+            entry["eval_rewards/partial/mean"] = 0.5 + 0.02 * entry["step"]
+            if entry["step"]:
+                entry["eval_hacking/strict"] = float(entry["step"] >= 8)
+    log += [{"step": 12, "eval_rolled_back_to": 4}, {**log[0], "step": 4, "eval_rewards/strict/mean": scale * 0.44}]
+    state = {"global_step": 4, "max_steps": 12, "log_history": log}
+    (run_dir / "trainer_state.json").write_text(json.dumps(state))
+    folder = run_dir / "samples" / "step_000004"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "000.png")
+    folder.with_suffix(".json").write_text(json.dumps({"prompts": PROMPTS, "scores": {"strict": [0.125] * 3}}))
+    return run_dir
+
+
+class TestRewardHacking:
+    def test_history(self, tmp_path):
+        history = load_history(hacked_run(tmp_path))
+        assert history.watched_names() == ["strict"]
+        assert history.alarms() == {8.0: ["strict"], 12.0: ["strict"]}
+        assert history.rolled_back_to == 4
+        assert [entry["step"] for entry in history.until(4).eval] == [0, 4]
+        assert [entry.step for entry in history.until(4).samples] == [0, 4]
+
+    def test_a_rolled_back_run_has_the_newest_state(self, tmp_path):
+        """Beside a checkpoint that was made at the alarm, whose update is a later one."""
+        log = json.loads((hacked_run(tmp_path) / "trainer_state.json").read_text())["log_history"][:-3]
+        (tmp_path / "checkpoint-12").mkdir()
+        state = {"global_step": 12, "log_history": log}
+        (tmp_path / "checkpoint-12" / "trainer_state.json").write_text(json.dumps(state))
+        assert load_history(tmp_path).rolled_back_to == 4
+
+    def test_the_page_shows_what_was_left(self, tmp_path):
+        page = Page(write_report(hacked_run(tmp_path)))
+        assert "12 updates in 1 min 00 s, rolled back to update 4 for reward hacking" in page.text
+        assert "0.480 → 0.440" in page.text, "strict at update 4"
+        assert "right after 4 updates" in page.text
+        assert "0.125" in page.text, "of the pictures of update 4"
+
+    def test_marks(self, tmp_path):
+        panels = {panel.title: panel for panel in collect_panels(load_history(hacked_run(tmp_path)))}
+        axes = Figure().add_subplot()
+        panels["Held-out scores"].draw(axes)
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        assert set(lines) >= {"partial", "strict", "dashed: watched", "hacking signalled", "rolled back to"}
+        assert lines["partial"].get_linestyle() == "-" and lines["strict"].get_linestyle() == "--"
+        # Two alarms, of which the legend has one, and the update that the run went back to.
+        assert sorted(line.get_xdata()[0] for line in axes.get_lines() if len(line.get_xdata()) == 2) == [4, 8, 12]
+        assert "Trained and watched rewards" not in panels
+
+    def test_scores_of_different_size_share_a_panel_in_standard_deviations(self, tmp_path):
+        panels = {panel.title: panel for panel in collect_panels(load_history(hacked_run(tmp_path, scale=20.0)))}
+        assert {"Held-out score: partial", "Held-out score: strict"} < set(panels)
+        axes = Figure().add_subplot()
+        panels["Trained and watched rewards"].draw(axes)
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        # (0.50 + 0.02 * 12 - 0.50) / 0.25, and -20 * 0.01 * 12 / (20 * 0.5).
+        assert lines["partial"].get_ydata()[-1] == pytest.approx(0.96)
+        assert lines["strict"].get_ydata()[-1] == pytest.approx(-0.24)
+        assert {"dashed: watched", "hacking signalled"} < set(lines)
+
+    def test_runs_that_watch_nothing_look_as_before(self, tmp_path):
+        history = load_history(write_run(tmp_path))
+        assert history.watched_names() == [] and history.alarms() == {} and history.rolled_back_to is None
+        assert history.until(None) is history

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -96,6 +97,36 @@ class RunHistory:
         trained = self.names(r"rewards/(.+)/mean")
         names = self.names(r"eval_rewards/(.+)/mean", "eval")
         return sorted(names, key=lambda name: trained.index(name) if name in trained else len(trained))
+
+    def watched_names(self) -> list[str]:
+        """Names of the held-out scores that are not trained on; empty when the log doesn't tell what is trained."""
+        trained = self.names(r"rewards/(.+)/mean")
+        return [name for name in self.eval_names() if name not in trained] if trained else []
+
+    def alarms(self) -> dict[float, list[str]]:
+        """Steps at which reward hacking was signalled, and the scores that had fallen."""
+        steps = {}
+        for name in self.names(r"eval_hacking/(.+)", "eval"):
+            for step, value in zip(*self.series(f"eval_hacking/{name}", "eval"), strict=True):
+                if value:
+                    steps.setdefault(step, []).append(name)
+        return dict(sorted(steps.items()))
+
+    @property
+    def rolled_back_to(self) -> int | None:
+        """Update whose adapter the run left behind instead of its last one."""
+        step = self.last("eval_rolled_back_to", "eval")
+        return None if step is None else int(step)
+
+    def until(self, step: int | None) -> RunHistory:
+        """The same history without evaluations and samples after `step`; all of it for `None`."""
+        if step is None:
+            return self
+        return dataclasses.replace(
+            self,
+            eval=[entry for entry in self.eval if entry["step"] <= step],
+            samples=[entry for entry in self.samples if entry.step <= step],
+        )
 
     def steps_table(self, prefix: str) -> tuple[list[int], list[list[float]]]:
         """
@@ -201,13 +232,31 @@ def paired_change(samples: Sequence[Samples], name: str) -> tuple[float, float, 
     """
     if len(samples) < 2:
         return None
-    before, after = samples[0].all_scores.get(name, []), samples[-1].all_scores.get(name, [])
+    return paired_difference(samples[0].all_scores.get(name, []), samples[-1].all_scores.get(name, []))
+
+
+def paired_difference(
+    before: Sequence[float | None], after: Sequence[float | None], confidence: float = 1.96
+) -> tuple[float, float, int] | None:
+    """
+    Mean of the differences of two lists of scores of the same prompts, and how far it may be off.
+
+    Args:
+        before, after (`Sequence[float | None]`):
+            Scores, one per prompt, in the same order; a pair that lacks one of the two is left out.
+        confidence (`float`, *optional*, defaults to `1.96`):
+            Half of the interval in standard errors; 1.96 is 95 %.
+
+    Returns:
+        `tuple[float, float, int]` or `None`: mean of the differences, half of its interval, number of pairs; `None` for
+        lists of different length and with fewer than two pairs.
+    """
     if len(before) != len(after):
         return None
     changes = [last - first for first, last in zip(before, after, strict=True) if finite(first) and finite(last)]
     if len(changes) < 2:
         return None
-    return statistics.fmean(changes), 1.96 * statistics.stdev(changes) / math.sqrt(len(changes)), len(changes)
+    return statistics.fmean(changes), confidence * statistics.stdev(changes) / math.sqrt(len(changes)), len(changes)
 
 
 def _newest_state(run_dir: Path) -> dict:
@@ -218,7 +267,13 @@ def _newest_state(run_dir: Path) -> dict:
                 states.append(json.loads(path.read_text()))
             except json.JSONDecodeError:
                 continue  # being written at this moment
-    return max(states, key=lambda state: state.get("global_step") or 0, default={})
+
+    # By what was logged, not by `global_step`: a run that was rolled back ends at an earlier update than it logged.
+    def reach(state: dict) -> tuple[float, int]:
+        log = state.get("log_history") or []
+        return max((entry.get("step") or 0 for entry in log), default=0), len(log)
+
+    return max(states, key=reach, default={})
 
 
 def _load_config(run_dir: Path) -> dict:

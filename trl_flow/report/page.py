@@ -69,13 +69,15 @@ def write_report(run_dir: str | Path, log_history: Sequence[Mapping] | None = No
     """
     run_dir = Path(run_dir)
     history = load_history(run_dir, log_history)
+    # What the run left behind, where that isn't its last update.
+    result = history.until(history.rolled_back_to)
     panels = collect_panels(history)
     shown = [panel for panel in panels if panel.section in ("learning", "credit")]
     shown.sort(key=lambda panel: panel.title.startswith("Training reward by function"))
     shown += [panel for panel in panels if panel.title == "Distance from the base model (KL)"]
     if shown or panels:
         save_png((shown or panels)[:CURVES_IN_FILE], run_dir / "curves.png")
-    _save_before_after(history.samples, run_dir / "before_after.png")
+    _save_before_after(result.samples, run_dir / "before_after.png")
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = importlib.resources.files("trl_flow.report").joinpath("templates/report.html").read_text("utf-8")
@@ -83,15 +85,15 @@ def write_report(run_dir: str | Path, log_history: Sequence[Mapping] | None = No
     page = environment.from_string(template).render(
         title=title or run_dir.resolve().name,
         progress=_progress(history),
-        tiles=_tiles(history),
-        pairs=_pairs(history.samples),
-        picture_note=_picture_note(history.samples),
+        tiles=_tiles(history, result),
+        pairs=_pairs(result.samples),
+        picture_note=_picture_note(result.samples),
         sections=[
             (heading, [(panel, svg) for panel, svg in drawn if panel.section == name])
             for name, heading in SECTIONS
             if any(panel.section == name for panel in panels)
         ],
-        scores=_score_table(history),
+        scores=_score_table(result),
         numbers=_numbers(history),
         settings=_settings(history.config),
     )
@@ -107,7 +109,10 @@ def _progress(history: RunHistory) -> str:
     total = history.max_steps or history.config.get("max_steps") or 0
     text = f"{step:,} of {total:,} updates" if isinstance(total, int) and total > step else f"{step:,} updates"
     elapsed = history.last("time/elapsed")
-    return f"{text} in {format_duration(elapsed)}" if elapsed is not None else text
+    text = f"{text} in {format_duration(elapsed)}" if elapsed is not None else text
+    if history.rolled_back_to is not None:
+        text += f", rolled back to update {history.rolled_back_to:,} for reward hacking"
+    return text
 
 
 def _score_table(history: RunHistory) -> list[dict[str, str]]:
@@ -138,9 +143,9 @@ def _score_table(history: RunHistory) -> list[dict[str, str]]:
     return rows
 
 
-def _tiles(history: RunHistory) -> list[dict[str, str]]:
+def _tiles(history: RunHistory, result: RunHistory) -> list[dict[str, str]]:
     tiles = []
-    for row in _score_table(history)[:4]:
+    for row in _score_table(result)[:4]:
         tile = {"label": f"held-out {row['name']}" if row["name"] != "held-out reward" else row["name"]}
         tile["value"] = f"{row['before']} → {row['after']}" if row["moved"] else row["after"]
         if row["moved"]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ COLORS = ("#2b7fd4", "#d9730d", "#178f6f", "#b8568f", "#7f6bd1", "#8a7420")
 SHARES = ("clip_ratio", "frac_reward_zero_std")
 PHASES = ("rollout", "decode", "reward", "train")
 EARLY, LATE = "#8c95a1", "#2b7fd4"
+ALARM = "#c8382e"
 INK, LINE = "#1c1e21", "#d5d8dc"
 # In SVG these two stand for "the page's text colour" and "the page's line colour".
 SVG_INK, SVG_LINE = "#0a0b0c", "#0a0b0d"
@@ -334,28 +335,103 @@ def _score_panels(history: RunHistory, names: list[str], kind: str) -> list[Pane
     overall = max(high for _, high in extents) - min(low for low, _ in extents)
     shared = overall <= 6 * max(high - low for low, high in extents) and max(abs(x) for e in extents for x in e) <= 1.2
     groups = [list(curves)] if shared and len(curves) <= len(COLORS) else [[name] for name in curves]
+    watched = [name for name in history.watched_names() if name in curves] if kind == "eval" else []
 
     def draw(axes: Axes, group: list[str]) -> None:
         for index, name in enumerate(group):
             steps, means, half_intervals = curves[name]
             color = COLORS[index % len(COLORS)]
             label = name if len(group) > 1 or len(groups) == 1 else None
-            axes.plot(steps, means, color=color, linewidth=2, marker=_marker(steps), markersize=4, label=label)
+            axes.plot(
+                steps,
+                means,
+                color=color,
+                linewidth=2,
+                linestyle=_score_line(name, watched),
+                marker=_marker(steps),
+                markersize=4,
+                label=label,
+            )
             if half_intervals:
                 means, half = np.array(means), np.array(half_intervals)
                 axes.fill_between(steps, means - half, means + half, color=color, alpha=0.16, linewidth=0)
+        if kind == "eval":
+            _explain_lines(axes, group, watched)
+            _draw_alarms(axes, history)
         axes.set_xlabel("update")
 
-    return [
+    together = []
+    if len(groups) > 1 and 0 < len(watched) < len(curves):
+        moved = _standardised(history, curves)
+        if len(moved) <= len(COLORS) and any(name in moved for name in watched) and not moved.keys() <= set(watched):
+            together = [
+                Panel(
+                    "Trained and watched rewards",
+                    "Change since the first evaluation, in standard deviations of the score over the held-out prompts. A "
+                    "solid line that rises over dashed ones that fall is reward hacking.",
+                    lambda axes: _draw_together(axes, history, moved, watched),
+                    "learning",
+                )
+            ]
+    return together + [
         Panel(
             (f"{title}s" if kind == "eval" and len(group) > 1 else title)
             + (f": {group[0]}" if len(groups) > 1 else ""),
-            note,
+            note + (" Dashed: watched, not trained on." if set(watched) & set(group) else ""),
             lambda axes, g=group: draw(axes, g),
             "learning",
         )
         for group in groups
     ]
+
+
+def _score_line(name: str, watched: list[str]) -> str | tuple:
+    return (0, (4, 2)) if name in watched else "solid"
+
+
+def _explain_lines(axes: Axes, names: Collection[str], watched: list[str]) -> None:
+    """Legend entry that tells what dashes mean, where some of the lines have them."""
+    if 0 < len(set(names) & set(watched)) < len(names):
+        axes.plot(
+            [], [], color=EARLY, linewidth=2, linestyle=_score_line(watched[0], watched), label="dashed: watched"
+        )
+
+
+def _standardised(history: RunHistory, curves: dict) -> dict[str, tuple[list[float], list[float]]]:
+    """Steps and changes since the first evaluation of each score, in standard deviations, where these are known."""
+    moved = {}
+    for name, (steps, means, _) in curves.items():
+        spread = dict(zip(*history.series(f"eval_rewards/{name}/std", "eval"), strict=True)).get(steps[0])
+        if spread and len(steps) > 1:
+            moved[name] = (steps, [(mean - means[0]) / spread for mean in means])
+    return moved
+
+
+def _draw_together(axes: Axes, history: RunHistory, moved: dict, watched: list[str]) -> None:
+    _reference_line(axes, 0.0)
+    for (name, (steps, changes)), color in zip(moved.items(), COLORS, strict=False):
+        axes.plot(
+            steps,
+            changes,
+            color=color,
+            linewidth=2,
+            linestyle=_score_line(name, watched),
+            marker=_marker(steps),
+            markersize=4,
+            label=name,
+        )
+    _explain_lines(axes, moved, watched)
+    _draw_alarms(axes, history)
+    axes.set_xlabel("update")
+
+
+def _draw_alarms(axes: Axes, history: RunHistory) -> None:
+    """Where reward hacking was signalled, and the update that the run was rolled back to."""
+    for number, step in enumerate(history.alarms()):
+        label = "hacking signalled" if number == 0 else None
+        axes.axvline(step, color=ALARM, linewidth=1.4, linestyle=(0, (1, 1.5)), zorder=1.5, label=label)
+    if history.rolled_back_to is not None:
+        axes.axvline(history.rolled_back_to, color=EARLY, linewidth=1.4, zorder=1.5, label="rolled back to")
 
 
 def _draw_per_step(
