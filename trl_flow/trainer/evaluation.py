@@ -110,8 +110,11 @@ class EvaluationMixin:
                 metrics[f"{metric_key_prefix}_rewards/{name}/missing"] = len(column) - len(known)
         metrics |= self.averaged_metrics("eval", f"{metric_key_prefix}_")
         self.log(metrics)
-        self.model.train()
+        known = set(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        if added := {name: value for name, value in metrics.items() if name not in known}:
+            self.log(added)  # what callbacks found out reaches the loggers, too
+        self.model.train()
         return metrics
 
     def _save_samples(self, dataset, names: list[str], scores: torch.Tensor, images: dict):
