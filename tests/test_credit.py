@@ -18,7 +18,17 @@ import numpy as np
 import pytest
 import torch
 
-from trl_flow.credit import assign_credit, combine_rewards, gain, normalize, outcome, value_after
+from trl_flow.credit import (
+    assign_credit,
+    combine_rewards,
+    gain,
+    normalize,
+    outcome,
+    reward_to_go,
+    turning_points,
+    value_after,
+)
+from trl_flow.rollout import dense_plan
 
 
 NAN = math.nan
@@ -296,3 +306,226 @@ def test_batch_scale_asks_for_the_values_of_all_processes():
         scale="batch",
     )
     torch.testing.assert_close(part, whole[:2])
+
+
+# ---- Gains along a plan ----
+
+
+def test_gains_of_a_plan_add_up_to_the_whole_change():
+    """sum_t (R_{t-1} - R_t) = R_0 - R_T, with the leaves that a plan of DenseGRPO credits."""
+    num_steps, generations = 5, 3
+    plan = dense_plan(num_steps, generations, range(num_steps))
+    position = {leaf: i for i, leaf in enumerate(plan.leaves)}
+    leaves = torch.tensor([[[position[n] for n in edge.leaves] for edge in plan.transitions[s]] for s in plan.steps])
+    rewards = random_values(2, len(plan.leaves))
+    total = gain(torch.from_numpy(rewards)[:, leaves]).sum(1).squeeze(-1)
+    for g in range(generations):
+        noiseless, sampled = plan.transitions[0][g].leaves[0], plan.transitions[num_steps - 1][g].child
+        # The first tail has no noise but the initial one, the last leaf has that of every step.
+        assert sum(plan.nodes[n].draw is not None for n in plan.path(noiseless)) == 1
+        assert sum(plan.nodes[n].draw is not None for n in plan.path(sampled)) == num_steps + 1
+        expected = rewards[:, position[sampled]] - rewards[:, position[noiseless]]
+        np.testing.assert_allclose(total[:, g].numpy(), expected, rtol=1e-12)
+
+
+# ---- Turning points ----
+
+
+def chains(*rewards):
+    """R_0 to R_W of members, as the values (B = 1, S = W, G, 2) of the tails before and after each step."""
+    along = torch.tensor(rewards, dtype=torch.float64)
+    return torch.stack([along[:, :-1], along[:, 1:]], dim=-1).transpose(0, 1)[None]
+
+
+def credited(*rewards, balance=False):
+    return turning_points(chains(*rewards), balance)[0, ..., 0].T.tolist()
+
+
+@pytest.mark.parametrize(
+    "rewards, expected",
+    [
+        # Down, then up: the second step turns the trend, and gets all that follows, R_3 - R_1.
+        ([1.0, 0.0, 2.0, 3.0], [-1.0, 3.0, 1.0]),
+        # The mirror image.
+        ([3.0, 4.0, 2.0, 1.0], [1.0, -3.0, -1.0]),
+        # It goes with the trend from the beginning: the first step needs no step before it, only that it goes on.
+        ([0.0, 1.0, 2.0, 4.0], [4.0, 1.0, 2.0]),
+        # The first step moves on in its direction against none: it counts though what follows is in part against it.
+        ([0.0, 1.0, 0.5, 2.0], [2.0, -0.5, 1.5]),
+        # Up and then past the end: R_2 > R_3, the rest does not go on in the direction of step 2.
+        ([1.0, 0.0, 3.0, 2.0], [-1.0, 3.0, -1.0]),
+        # The last step has nothing after it, so that it is none.
+        ([0.0, -1.0, -2.0, 1.0], [-1.0, -1.0, 3.0]),
+        # Two turning points of one chain, the second within the first.
+        ([1.0, 0.0, 2.0, 1.5, 3.0, 4.0], [-1.0, 4.0, -0.5, 2.5, 1.0]),
+        # The first step is against the rest: R_1 - R_0 < 0 < R_3 - R_1; then the turning point.
+        ([0.0, -1.0, 1.0, 2.0], [-1.0, 3.0, 1.0]),
+        # No change at all: no trend, and nothing to follow.
+        ([1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0]),
+        # A change that comes to nothing (R_W = R_0) has no trend to turn.
+        ([1.0, 0.0, 0.5, 1.0], [-1.0, 0.5, 0.5]),
+        # A step that stands still is not against the trend: the step after it does not turn.
+        ([0.0, 0.0, 1.0, 2.0], [0.0, 1.0, 1.0]),
+        # One step.
+        ([1.0, 3.0], [2.0]),
+    ],
+)
+def test_turning_points_by_hand(rewards, expected):
+    assert credited(rewards) == [expected]
+
+
+def test_turning_points_are_balanced_by_the_size_of_the_change():
+    up_by_1, up_by_2, up_by_5 = [1.0, 0.0, 1.5, 2.0], [1.0, 0.0, 2.5, 3.0], [1.0, 0.0, 4.0, 6.0]
+    down_by_3 = [4.0, 5.0, 2.0, 1.0]
+    assert credited(up_by_1, down_by_3, up_by_5, up_by_2, balance=True) == [
+        [-1.0, 1.5, 0.5],  # left out: its own gain
+        [1.0, -4.0, -1.0],
+        [-1.0, 6.0, 2.0],  # the largest that leads up, for the one that leads down
+        [-1.0, 2.5, 0.5],
+    ]
+    assert credited(up_by_1, down_by_3, up_by_5, up_by_2) == [
+        [-1.0, 2.0, 0.5],
+        [1.0, -4.0, -1.0],
+        [-1.0, 6.0, 2.0],
+        [-1.0, 3.0, 0.5],
+    ]
+    # Without any that leads down, none that leads up counts.
+    assert credited(up_by_5, up_by_2, balance=True) == [[-1.0, 4.0, 2.0], [-1.0, 2.5, 0.5]]
+    # The other way about: one that leads up, of two that lead down the larger fall.
+    down_by_1 = [4.0, 5.0, 3.5, 3.0]
+    assert credited(down_by_1, up_by_1, down_by_3, balance=True) == [
+        [1.0, -1.5, -0.5],
+        [-1.0, 2.0, 0.5],
+        [1.0, -4.0, -1.0],
+    ]
+
+
+def test_turning_points_are_balanced_across_prompts():
+    up, down = chains([1.0, 0.0, 1.5, 2.0]), chains([4.0, 5.0, 2.0, 1.0])
+    both = turning_points(torch.cat([up, down]))[..., 0]
+    assert both[:, :, 0].tolist() == [[-1.0, 2.0, 0.5], [1.0, -4.0, -1.0]]
+    assert turning_points(up)[0, :, 0, 0].tolist() == [-1.0, 1.5, 0.5]
+
+
+def test_among_equal_changes_the_first_counts():
+    up, down = [1.0, 0.0, 1.5, 2.0], [4.0, 5.0, 2.0, 1.0]
+    assert credited(up, up, down, balance=True) == [[-1.0, 2.0, 0.5], [-1.0, 1.5, 0.5], [1.0, -4.0, -1.0]]
+
+
+def reference_turning_points(rewards, balance):
+    """TP-GRPO in loops. `rewards`: R_0 to R_W of (B, G, W + 1)."""
+    num_prompts, generations, ends = rewards.shape
+    values = np.diff(rewards, axis=-1)
+    points = []
+    for b in range(num_prompts):
+        for i in range(1, ends):
+            for g in range(generations):
+                r, d = rewards[b, g], values[b, g]
+                change = r[-1] - r[0]
+                signs = np.sign(d) * np.sign(change)
+                onward = np.sign(d[i - 1]) == np.sign(r[-1] - r[i])
+                if onward and (i == 1 or (signs[i - 2] < 0 and signs[i - 1] > 0)):
+                    points.append((abs(change), np.sign(change), b, g, i))
+    if balance:
+        up, down = ([point for point in points if point[1] == sign] for sign in (1, -1))
+        size = min(len(up), len(down))
+        points = [point for side in (up, down) for point in sorted(side, key=lambda point: -point[0])[:size]]
+    for _, _, b, g, i in points:
+        values[b, g, i - 1] = rewards[b, g, -1] - rewards[b, g, i - 1]
+    return values.transpose(0, 2, 1)
+
+
+@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("kind", ["continuous", "discrete", "missing", "one step"])
+def test_turning_points_are_those_of_a_loop(kind, balance):
+    random = np.random.default_rng(5)
+    different = 0
+    for _ in range(30):
+        rewards = random.normal(size=(3, 4, 2 if kind == "one step" else 7))
+        if kind == "discrete":  # many ties, between steps and between chains
+            rewards = np.round(rewards)
+        if kind == "missing":
+            rewards[random.uniform(size=rewards.shape) < 0.1] = NAN
+        values = np.stack([rewards[..., :-1], rewards[..., 1:]], axis=-1).transpose(0, 2, 1, 3)
+        credit = turning_points(torch.from_numpy(values), balance)
+        assert credit.shape == (*values.shape[:3], 1)
+        expected = reference_turning_points(rewards, balance)
+        np.testing.assert_allclose(credit[..., 0].numpy(), expected, rtol=1e-12, atol=1e-12)
+        different += (np.nan_to_num(expected) != np.nan_to_num(values[..., 1] - values[..., 0])).sum()
+    assert (different == 0) == (kind == "one step")
+
+
+def test_a_chain_without_a_score_turns_nothing():
+    # Without R_0 or R_W there is no trend; without one between, the steps at it have no reward.
+    complete = [1.0, 0.0, 2.0, 3.0]
+    for missing, expected in [
+        (0, [NAN, 2.0, 1.0]),
+        (3, [-1.0, 2.0, NAN]),
+        (1, [NAN, NAN, 1.0]),
+        (2, [-1.0, NAN, NAN]),
+    ]:
+        rewards = list(complete)
+        rewards[missing] = NAN
+        np.testing.assert_array_equal(credited(rewards, complete), [expected, [-1.0, 3.0, 1.0]])
+
+
+def test_turning_points_are_normalised_in_their_group():
+    # Two members of one prompt; step 2 of the first turns: its 3 against the other's -1.
+    rewards = torch.tensor([[[1.0], [0.0], [2.0], [3.0], [1.0], [2.0], [1.0], [1.0]]], dtype=torch.float64)
+    leaves = torch.tensor([[[4 * g + s, 4 * g + s + 1] for g in range(2)] for s in range(3)])
+    advantages, mask = assign_credit(
+        rewards, torch.ones(1), leaves, lambda values: turning_points(values, balance=False), scale="none"
+    )
+    np.testing.assert_allclose(advantages[0].numpy(), [[-1.0, 1.0], [2.0, -2.0], [0.5, -0.5]], rtol=1e-12)
+    assert mask.all()
+
+
+# ---- Latent similarity ----
+
+
+def reference_reward_to_go(similarity, window):
+    """CoCA in loops over steps, for one chain."""
+    num_steps = len(similarity) - 1
+    blocks = [list(range(start, min(start + window, num_steps))) for start in range(0, num_steps, window)]
+    means = [np.mean([similarity[i + 1] for i in block]) for block in blocks]
+    gains = [mean - before for before, mean in zip([similarity[0], *means], means, strict=False)]
+    omega = np.zeros(num_steps)
+    for block, rise in zip(blocks, gains, strict=True):
+        for i in block:
+            omega[i] = rise / (len(block) * sum(gains))
+    return np.array([omega[i:].sum() for i in range(num_steps)])
+
+
+@pytest.mark.parametrize("num_steps, window", [(10, 5), (10, 1), (10, 3), (7, 5), (4, 5), (5, 5), (1, 5), (9, 4)])
+def test_reward_to_go(num_steps, window):
+    random = np.random.default_rng(6)
+    similarity = np.sort(random.uniform(-0.2, 1, size=(2, 3, num_steps + 1)), axis=-1)
+    similarity[..., -1] = 1
+    similarity[..., 1:-1] += 0.05 * random.normal(size=(2, 3, num_steps - 1))  # it may fall on the way
+    shares = reward_to_go(torch.from_numpy(similarity).float(), window)
+    assert shares.shape == (2, 3, num_steps) and shares.dtype == torch.float64
+    for b, g in np.ndindex(2, 3):
+        np.testing.assert_allclose(shares[b, g].numpy(), reference_reward_to_go(similarity[b, g], window), atol=1e-5)
+    np.testing.assert_allclose(shares[..., 0].numpy(), 1.0, rtol=1e-12)
+
+
+def test_reward_to_go_by_hand():
+    # Blocks of two of five steps: means 0.3, 0.7, 1; rises 0.3, 0.4, 0.3 from 0, halved but for the last.
+    shares = reward_to_go(torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], dtype=torch.float64), 2)
+    np.testing.assert_allclose(shares.numpy(), [1.0, 0.85, 0.7, 0.5, 0.3], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "similarity", [[1.0, 1.0, 1.0, 1.0, 1.0], [0.9, 0.7, 0.8, 0.6, 0.9], [0.5, 0.2, 0.3, 0.1, 0.4]]
+)
+def test_a_chain_that_comes_no_nearer_shares_alike(similarity):
+    shares = reward_to_go(torch.tensor(similarity), 4)
+    np.testing.assert_allclose(shares.numpy(), [1.0, 0.75, 0.5, 0.25], rtol=1e-12)
+
+
+def test_a_degenerate_chain_does_not_touch_its_neighbours():
+    random = np.random.default_rng(7)
+    other = np.sort(random.uniform(size=5))
+    shares = reward_to_go(torch.from_numpy(np.stack([np.ones(5), other])), 2)
+    np.testing.assert_allclose(shares[0].numpy(), [1.0, 0.75, 0.5, 0.25], rtol=1e-12)
+    np.testing.assert_allclose(shares[1].numpy(), reference_reward_to_go(other, 2), rtol=1e-12)

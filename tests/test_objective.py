@@ -19,8 +19,19 @@ from peft import LoraConfig
 from pipelines import tiny_sd3
 
 from trl_flow import FlowPolicy
-from trl_flow.objective import clipped_loss, kl_divergence, mean_slope, step_weights
-from trl_flow.rollout import log_prob, transition
+from trl_flow.objective import (
+    MATCHINGS,
+    clipped_loss,
+    contrastive_loss,
+    guarded_ratio,
+    kl_divergence,
+    masked_loss,
+    matching_log_prob,
+    mean_slope,
+    step_divergence,
+    step_weights,
+)
+from trl_flow.rollout import DYNAMICS, log_prob, transition
 
 
 # ---- Clipped loss ----
@@ -128,16 +139,243 @@ def test_flows_slope_is_one_constant_times_the_step():
 
 
 def test_step_weights():
-    assert step_weights("none", [0.7, 0.3]) == [1.0, 1.0]
-    assert step_weights("noise", [0.3, 0.1, 0.2]) == pytest.approx([1.5, 0.5, 1.0], rel=1e-12)
-    with pytest.raises(ValueError, match="step_weighting='guard' is unknown: expected 'none' or 'noise'"):
-        step_weights("guard", [0.7])
+    assert step_weights("none", [0.7, 0.3], [0.1, 0.2]) == [1.0, 1.0]
+    assert step_weights("noise", [0.3, 0.1, 0.2], [0.1, 0.2, 0.3]) == pytest.approx([1.5, 0.5, 1.0], rel=1e-12)
+    # 1 / h = 10, 5 and 2.5, of mean 35 / 6.
+    expected = [12 / 7, 6 / 7, 3 / 7]
+    assert step_weights("guard", [0.3, 0.1, 0.2], [0.1, 0.2, 0.4]) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="step_weighting='late' is unknown: expected one of none, noise, guard"):
+        step_weights("late", [0.7], [0.1])
+
+
+@pytest.mark.parametrize("weighting", ["none", "noise", "guard"])
+def test_step_weights_have_mean_one(weighting):
+    stds, sizes = np.random.default_rng(0).uniform(0.01, 0.9, (2, 9))
+    weights = np.array(step_weights(weighting, stds.tolist(), sizes.tolist()))
+    assert weights.mean() == pytest.approx(1, rel=1e-12)
+    proportional_to = {"none": np.ones(9), "noise": stds, "guard": 1 / sizes}[weighting]
+    np.testing.assert_allclose(weights / weights[0], proportional_to / proportional_to[0], rtol=1e-12)
 
 
 def test_temporal_weighting_of_the_sd35_grid():
     # TempFlow-GRPO's 2.25 * tau, with tau at a = 0.7.
     stds = [0.700, 0.743, 0.536, 0.446, 0.392, 0.353, 0.319, 0.282, 0.225]
-    assert step_weights("noise", stds) == pytest.approx([2.25 * std for std in stds], rel=1e-2)
+    assert step_weights("noise", stds, [1.0] * 9) == pytest.approx([2.25 * std for std in stds], rel=1e-2)
+
+
+def test_guards_ratio_and_weights_flatten_the_steps():
+    # The gradient of <z d> is the slope C h, the same times 1 / h is C: 1.245 for Flow at every step but the first.
+    grid = [0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089]
+    steps = list(zip(grid, grid[1:], strict=False))
+    slopes = [-mean_slope(*step, 0.7, "flow")[0] for step in steps]
+    weights = step_weights("guard", [1.0] * len(steps), [s - s_next for s, s_next in steps])
+    products = [slope * weight for slope, weight in zip(slopes, weights, strict=True)]
+    assert products == pytest.approx([products[0]] * len(steps), rel=1e-9)
+
+
+# ---- Normalised ratio ----
+
+
+def gaussian_case(std, size=3):
+    """Rollout noise z, x' = mean_old + std z, and the change of the mean."""
+    random = np.random.default_rng(1)
+    z, old_mean = random.normal(size=(2, size, 4, 3, 3))
+    change = 0.3 * random.normal(size=(size, 4, 3, 3))
+    return z, change, old_mean, old_mean + change, old_mean + std * z
+
+
+@pytest.mark.parametrize("std", [0.006, 0.3, 2.4])
+def test_guarded_ratio_is_the_noise_times_the_change(std):
+    """METHODS' algebra: log r = <z d> / tau - <d^2> / (2 tau^2), of which exp <z d> is left."""
+    z, change, old_mean, mean, sample = gaussian_case(std)
+    axes = (1, 2, 3)
+    expected = (z * change).mean(axes)
+    log_ratio = ((old_mean - sample) ** 2 - (mean - sample) ** 2).mean(axes) / (2 * std**2)
+    np.testing.assert_allclose(log_ratio, expected / std - (change**2).mean(axes) / (2 * std**2), rtol=1e-9)
+    divergence = (change**2).mean(axes) / (2 * std**2)
+    ratio = guarded_ratio(torch.from_numpy(log_ratio), torch.from_numpy(divergence), std)
+    np.testing.assert_allclose(np.log(ratio.numpy()), expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("std", [0.006, 0.3, 2.4])
+def test_guarded_ratio_of_this_librarys_log_probabilities(std):
+    z, change, old_mean, mean, sample = map(torch.from_numpy, gaussian_case(std))
+    log_ratio = log_prob(sample, mean, std) - log_prob(sample, old_mean, std)
+    ratio = guarded_ratio(log_ratio, step_divergence(mean, old_mean, std), std)
+    np.testing.assert_allclose(np.log(ratio.numpy()), (z * change).mean(dim=(1, 2, 3)).numpy(), rtol=1e-7, atol=1e-11)
+
+
+def test_guarded_ratio_of_the_published_terms():
+    # exp((log r + b) sqrt(h) q) with b = <d^2> / (2 h q^2).
+    q, h = 0.8, 0.07
+    std = q * np.sqrt(h)
+    log_ratio, squared = np.random.default_rng(2).normal(size=(2, 5))
+    squared = squared**2
+    expected = np.exp((log_ratio + squared / (2 * h * q**2)) * np.sqrt(h) * q)
+    ratio = guarded_ratio(torch.from_numpy(log_ratio), torch.from_numpy(squared / (2 * std**2)), std)
+    np.testing.assert_allclose(ratio.numpy(), expected, rtol=1e-12)
+
+
+def test_step_divergence_is_that_of_two_gaussians():
+    mean, old_mean = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)
+    for std in (0.006, 0.3, 2.0):
+        normal = torch.distributions.Normal
+        expected = torch.distributions.kl_divergence(normal(mean, std), normal(old_mean, std)).mean(dim=(1, 2, 3))
+        torch.testing.assert_close(step_divergence(mean, old_mean, std), expected, rtol=1e-12, atol=0)
+    assert torch.equal(step_divergence(mean, mean, 0.006), torch.zeros(3, dtype=torch.float64))
+
+
+# ---- Masked loss ----
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, divergence, loss, slope",
+    [
+        (2.0, 1.5, 0.1, -3.0, -2.0),  # near: whatever the ratio, it counts
+        (2.0, 1.5, 0.2, 0.0, 0.0),  # far, good and likelier: away
+        (2.0, 1.5, 0.9, 0.0, 0.0),
+        (2.0, 0.5, 0.9, -1.0, -2.0),  # far, good and less likely: back
+        (-2.0, 0.5, 0.9, 0.0, 0.0),  # far, bad and less likely: away
+        (-2.0, 1.5, 0.9, 3.0, 2.0),
+        (2.0, 1.0, 0.9, -2.0, -2.0),  # neither up nor down
+        (0.0, 1.5, 0.9, 0.0, 0.0),
+    ],
+)
+def test_masked_loss(advantage, ratio, divergence, loss, slope):
+    ratio = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([advantage], dtype=torch.float64)
+    losses, left_out = masked_loss(advantages, ratio, torch.tensor([divergence]), 0.2)
+    losses.sum().backward()
+    assert losses.item() == pytest.approx(loss, abs=1e-12)
+    assert ratio.grad.item() == pytest.approx(slope, abs=1e-12)
+    assert left_out.item() == (advantage != 0 and slope == 0)
+
+
+def test_masked_loss_is_that_of_a_loop():
+    random = np.random.default_rng(3)
+    advantages, ratios = random.normal(size=300), np.exp(0.2 * random.normal(size=300))
+    divergences = random.uniform(0, 2e-6, 300)
+    expected = [
+        0.0 if d >= 1e-6 and ((a > 0 and r > 1) or (a < 0 and r < 1)) else -a * r
+        for a, r, d in zip(advantages, ratios, divergences, strict=True)
+    ]
+    losses, left_out = masked_loss(*map(torch.from_numpy, (advantages, ratios, divergences)), 1e-6)
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-12)
+    assert 50 < left_out.sum() < 250
+
+
+# ---- The forward process ----
+
+
+def noised(size=6):
+    """Clean samples and noise, x at sigma, and two policies' velocities, not far from eps - x0."""
+    random = np.random.default_rng(4)
+    clean, noise = random.normal(size=(2, size, 4, 3, 3))
+    velocity, old = noise - clean + 0.4 * random.normal(size=(2, size, 4, 3, 3))
+    return clean, noise, velocity, old
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.6, 0.05])
+@pytest.mark.parametrize("strength", [1.0, 0.1])
+def test_contrastive_loss_is_the_published_one(sigma, strength):
+    """DiffusionNFT's code, in the space of clean estimates: 5 (r L+ / b + (1 - r) L- / b), r = A / 10 + 1/2."""
+    clean, noise, v, v_old = noised()
+    x = (1 - sigma) * clean + sigma * noise
+    advantages = np.array([-5.0, -1.3, 0.0, 0.2, 2.5, 5.0])
+    r = np.clip(advantages, -5, 5) / 10 + 0.5
+    fits = []
+    for velocity in (strength * v + (1 - strength) * v_old, (1 + strength) * v_old - strength * v):
+        estimate = x - sigma * velocity
+        fits.append(((estimate - clean) ** 2).mean((1, 2, 3)) / np.abs(estimate - clean).mean((1, 2, 3)))
+    expected = 5 * (r * fits[0] / strength + (1 - r) * fits[1] / strength)
+    losses = contrastive_loss(*map(torch.from_numpy, (advantages, v, v_old, noise - clean)), sigma, strength, 5.0)
+    assert losses.shape == (6,)
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-10)
+
+
+def test_contrastive_gradient_follows_the_advantage():
+    """From v = v_old: towards the sample where A > 0, away where A < 0, nowhere where A = 0, and linear in A."""
+    clean, noise, _, v_old = (torch.from_numpy(value) for value in noised())
+    target = noise - clean
+    gradients = {}
+    for advantage in (-2.0, -1.0, 0.0, 1.0):
+        v = v_old.clone().requires_grad_()
+        advantages = torch.full((6,), advantage, dtype=torch.float64)
+        contrastive_loss(advantages, v, v_old, target, 0.6, 0.5, 5.0).sum().backward()
+        gradients[advantage] = v.grad
+    assert ((gradients[1.0] * (v_old - target)).flatten(1).sum(1) > 0).all()
+    assert gradients[0.0].abs().max() < 1e-12
+    torch.testing.assert_close(gradients[-1.0], -gradients[1.0])
+    torch.testing.assert_close(gradients[-2.0], -2 * gradients[1.0])
+
+
+def test_contrastive_loss_of_a_perfect_fit():
+    # Its mean absolute error divides: nothing by nothing.
+    target = torch.randn(2, 5)
+    v = target.clone().requires_grad_()
+    losses = contrastive_loss(torch.tensor([1.0, -1.0]), v, target, target, 0.5, 1.0, 5.0)
+    losses.sum().backward()
+    assert torch.equal(losses.detach(), torch.zeros(2)) and torch.equal(v.grad, torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("sigma", [0.95, 0.4])
+def test_matching_log_prob(sigma):
+    clean, noise, v, _ = noised()
+    error = ((v - (noise - clean)) ** 2).mean((1, 2, 3))
+    expected = {
+        "uniform": -error,
+        "sigma": -sigma * error,
+        "ghuber": -sigma * 4 * ((error + 1e-10) ** (1 / 4) - 1e-10 ** (1 / 4)),
+    }
+    assert set(expected) == set(MATCHINGS)
+    for matching in MATCHINGS:
+        value = matching_log_prob(torch.from_numpy(v), torch.from_numpy(noise - clean), sigma, matching)
+        np.testing.assert_allclose(value.numpy(), expected[matching], rtol=1e-10)
+
+
+@pytest.mark.parametrize("matching", MATCHINGS)
+def test_matching_log_prob_is_float64_and_finite_at_a_perfect_fit(matching):
+    target = torch.randn(2, 5)
+    v = target.clone().requires_grad_()
+    value = matching_log_prob(v, target, 0.5, matching)
+    assert value.dtype == torch.float64
+    assert torch.equal(value.detach(), torch.zeros(2, dtype=torch.float64))
+    value.sum().backward()
+    assert torch.equal(v.grad, torch.zeros(2, 5))
+
+
+def test_unknown_matching():
+    with pytest.raises(ValueError, match="matching='huber' is unknown: expected one of uniform, sigma, ghuber"):
+        matching_log_prob(torch.zeros(1, 2), torch.zeros(1, 2), 0.5, "huber")
+
+
+# ---- Steps without noise ----
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+@pytest.mark.parametrize("kl_type", ["mean", "gaussian"])
+@pytest.mark.parametrize("changed", [0.0, 0.1])
+def test_a_step_without_noise_has_no_gaussian_divergence(dynamics, kl_type, changed):
+    # Neither 0 / 0 for equal velocities nor infinity for others.
+    v = torch.ones(1, 3)
+    with pytest.raises(
+        ValueError, match="kl_type='.*' divides by the noise of a step, but that from 0.5 to 0.25 has none"
+    ):
+        kl_divergence(kl_type, v + changed, v, 0.5, 0.25, 0.0, dynamics)
+    assert kl_divergence("velocity", v + changed, v, 0.5, 0.25, 0.0, dynamics).item() == pytest.approx(changed**2)
+
+
+def test_cps_ends_without_noise():
+    # tau = 0 at sigma 0, at any noise level: the last step is Euler's, and has neither density nor divergence.
+    x, v = torch.randn(2, 2, 5, dtype=torch.float64)
+    mean, std = transition(x, v, 0.3, 0.0, 0.8, "cps")
+    assert std == 0.0
+    torch.testing.assert_close(mean, x - 0.3 * v, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="a deterministic step has no density"):
+        log_prob(mean, mean, std)
+    with pytest.raises(ValueError, match="that from 0.3 to 0.0 has none"):
+        kl_divergence("mean", v, v, 0.3, 0.0, 0.8, "cps")
+    assert mean_slope(0.3, 0.0, 0.8, "cps") == pytest.approx((-0.3, 0.0), rel=1e-12)
 
 
 # ---- Siblings that share a parent ----

@@ -182,6 +182,9 @@ def kl_divergence(
 
     Returns:
         `torch.Tensor` of shape `(n,)`.
+
+    Raises:
+        ValueError: If the type is unknown, or the step has no noise and the type divides by it.
     """
     squared = (velocity - reference_velocity).square().flatten(1).mean(1)
     if kl_type == "velocity":
@@ -189,6 +192,11 @@ def kl_divergence(
     if kl_type not in KL_TYPES:
         raise ValueError(f"kl_type={kl_type!r} is unknown: expected one of {', '.join(KL_TYPES)}.")
     slope, std = mean_slope(sigma, sigma_next, noise_level, dynamics)
+    if std == 0:
+        raise ValueError(
+            f"kl_type={kl_type!r} divides by the noise of a step, but that from {sigma} to {sigma_next} has none: expected "
+            "a stochastic step, or kl_type='velocity'."
+        )
     q = diffusion_coefficient(sigma, sigma_next, noise_level, dynamics)
     return slope**2 * squared / (2 * (q if kl_type == "mean" else std) ** 2)
 

@@ -18,7 +18,7 @@ import torch
 from pipelines import tiny_sd3
 
 from trl_flow import FlowPolicy
-from trl_flow.rollout import branch_plan, chain_plan, dense_plan, execute, seeded_noise
+from trl_flow.rollout import Plan, branch_plan, chain_plan, dense_plan, execute, forward_plan, seeded_noise
 
 
 T = 6
@@ -38,6 +38,13 @@ PLANS = {
     "branch, stride 1": branch_plan(T, 3, range(3), (1,)),
     "branch, strides 1, 2": branch_plan(T, 3, [0, 2], (1, 2)),
     "branch, strides 1, 2, 3": branch_plan(T, 3, range(4), (1, 2, 3)),
+    "branch, every step but the last": branch_plan(T, 2, range(T - 1)),
+    "chain, second order after a window": chain_plan(T, 3, [1, 2], solver="dpm"),
+    "chain, second order, shared noise": chain_plan(T, 3, [0], same_initial_noise=True, solver="dpm"),
+    "dense, full, second order": dense_plan(T, 2, range(T - 1), solver="dpm"),
+    "dense, n=2, second order": dense_plan(T, 2, range(T), 2, solver="dpm"),
+    "dense, n=3, second order, shared noise": dense_plan(T, 2, [1, 3], 3, same_initial_noise=True, solver="dpm"),
+    "forward": forward_plan(T, 3, [1, 4]),
 }
 
 
@@ -76,27 +83,44 @@ def step_of(dynamics, x, v, s, s_next, level, z):
     return x + dt * v - 0.5 * q**2 * score * dt + q * np.sqrt(-dt) * z
 
 
+def second_order(x, now, before, s_next):
+    """DPM-Solver++(2M) in the terms of its paper; of first order where the log signal-to-noise ratio is infinite."""
+    (s, clean), (s_before, clean_before) = now, before
+    if s_before == 1 or s_next == 0:
+        return s_next / s * x + (1 - s_next / s) * clean
+    before, now, after = (np.log((1 - sigma) / sigma) for sigma in (s_before, s, s_next))
+    h, r = after - now, (now - before) / (after - now)
+    return s_next / s * x - (1 - s_next) * np.expm1(-h) * (clean + (clean - clean_before) / (2 * r))
+
+
 def naive(plan, velocity, noise, dynamics, prompt, node):
     """The latent of one node, every velocity on its way computed anew."""
     way = []
     while node is not None:
-        way.append(plan.nodes[node])
+        way.append(node)
         node = plan.nodes[node].parent
     start, *way = way[::-1]
-    index, x = 0, noise[prompt, start.draw]
-    for node in way:
+    index, x, cleans = 0, noise[prompt, plan.nodes[start].draw], {}
+    number = start
+    for child in way:
+        node = plan.nodes[child]
         v = velocity.at(x, GRID[index], prompt)
+        cleans[number] = GRID[index], x - GRID[index] * v
         z = None if node.draw is None else noise[prompt, node.draw]
-        x = step_of(dynamics, x, v, GRID[index], GRID[node.index], LEVELS[index], z)
-        index = node.index
+        if node.before is None:
+            x = step_of(dynamics, x, v, GRID[index], GRID[node.index], LEVELS[index], z)
+        else:
+            x = second_order(x, cleans[number], cleans[node.before], GRID[node.index])
+        index, number = node.index, child
     return x
 
 
-def run_plan(plan, dynamics="flow", batch_size=None):
+def run_plan(plan, dynamics="flow", batch_size=None, **options):
     velocity = Velocity(num_prompts=2, size=5)
     noise = np.random.default_rng(4).normal(size=(2, plan.num_draws, 5))
     sigmas = torch.tensor(GRID, dtype=torch.float32)
-    return velocity, noise, execute(plan, velocity, sigmas, torch.from_numpy(noise), LEVELS, dynamics, batch_size)
+    rollout = execute(plan, velocity, sigmas, torch.from_numpy(noise), LEVELS, dynamics, batch_size, **options)
+    return velocity, noise, rollout
 
 
 @pytest.mark.parametrize("dynamics", ["flow", "dance", "cps"])
@@ -167,6 +191,66 @@ def test_what_does_not_fit_the_plan_is_refused():
     assert not velocity.rows
 
 
+# ---- What is observed, and the scale of the first latents ----
+
+
+def observing(plan: Plan) -> Plan:
+    plan.observed = [plan.path(leaf) for leaf in plan.leaves]
+    return plan
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(observing(chain_plan(T, 3, range(T - 1))), id="chain"),
+        pytest.param(observing(chain_plan(T, 3, [2, 3], same_initial_noise=True)), id="shared noise"),
+        pytest.param(observing(chain_plan(T, 3, [1], solver="dpm")), id="second order"),
+    ],
+)
+def test_estimates_of_what_a_plan_observes(plan):
+    velocity, noise, rollout = run_plan(plan, "cps")
+    assert rollout.estimates.shape == (2, 3, T + 1, 5)
+    assert rollout.num_evaluations == 2 * plan.num_evaluations
+    for p, (member, nodes) in ((p, pair) for p in range(2) for pair in enumerate(plan.observed)):
+        for i, node in enumerate(nodes):
+            x = naive(plan, velocity, noise, "cps", p, node)
+            expected = x - GRID[i] * velocity.at(x, GRID[i], p) if i < T else x
+            np.testing.assert_allclose(rollout.estimates[p, member, i].numpy(), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_observation_changes_nothing_else():
+    for make in (lambda: chain_plan(T, 3, [1, 3], solver="dpm"), lambda: chain_plan(T, 2, range(T))):
+        plain, observed = run_plan(make())[2], run_plan(observing(make()))[2]
+        assert plain.estimates is None
+        assert torch.equal(plain.leaves, observed.leaves)
+        assert set(plain.nodes) == set(observed.nodes)
+
+
+def test_observed_leaves_are_their_own_estimates():
+    plan = chain_plan(T, 3, [1])
+    plan.observed = [[leaf] for leaf in plan.leaves]
+    rollout = run_plan(plan)[2]
+    assert torch.equal(rollout.estimates[:, :, 0], rollout.leaves)
+
+
+def test_initial_scale_is_that_of_the_first_latents_alone():
+    plan = dense_plan(T, 2, [0, 2], 2, solver="dpm")
+    velocity, noise, rollout = run_plan(plan, initial_scale=1.5)
+    starts = [node.draw for node in plan.nodes if node.parent is None]
+    scaled = noise.copy()
+    scaled[:, starts] *= 1.5
+    expected = np.stack([[naive(plan, velocity, scaled, "flow", p, leaf) for leaf in plan.leaves] for p in range(2)])
+    np.testing.assert_allclose(rollout.leaves.numpy(), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_samples_of_the_forward_process_are_kept():
+    plan = forward_plan(T, 3, [1, 4])
+    rollout = run_plan(plan)[2]
+    assert sorted(rollout.nodes) == plan.leaves
+    for position, leaf in enumerate(plan.leaves):
+        assert torch.equal(rollout.nodes[leaf], rollout.leaves[:, position])
+
+
 # ---- The cost, counted on a transformer ----
 
 
@@ -195,6 +279,10 @@ def counted():
         pytest.param(branch_plan(16, 12, range(8), (1, 2)), 1496, 192, id="G2RPO, strides 1 and 2"),
         pytest.param(branch_plan(16, 12, range(8), (1, 2, 3)), 1700, 288, id="G2RPO, strides 1, 2 and 3"),
         pytest.param(chain_plan(10, 24, [4, 5], True), 5 + 24 * 5, 24, id="late window from shared noise"),
+        pytest.param(chain_plan(11, 12, range(4), solver="dpm"), 12 * 11, 12, id="MixGRPO-Flash"),
+        pytest.param(branch_plan(10, 6, range(9)), 1116 // 4, 54, id="TempFlow-GRPO, one seed"),
+        pytest.param(dense_plan(10, 24, range(9), 2, solver="dpm"), 456, 240, id="DenseGRPO, n=2, second order"),
+        pytest.param(forward_plan(10, 24, [2, 5]), 240, 24, id="DiffusionNFT"),
     ],
 )
 def test_rows_that_the_transformer_evaluates(counted, plan, rows_per_prompt, leaves):
