@@ -21,14 +21,47 @@ from datasets import Dataset
 from peft import LoraConfig
 from pipelines import brightness, prompts, tiny_sd3
 
-from trl_flow import DenseGRPOConfig, DenseGRPOTrainer, FlowGRPOConfig, FlowGRPOTrainer, G2RPOConfig, G2RPOTrainer
-
-
-FLOW, DENSE, G2 = (
-    (FlowGRPOTrainer, FlowGRPOConfig),
-    (DenseGRPOTrainer, DenseGRPOConfig),
-    (G2RPOTrainer, G2RPOConfig),
+from trl_flow import (
+    AWMConfig,
+    AWMTrainer,
+    B2DiffuRLConfig,
+    B2DiffuRLTrainer,
+    CoCAConfig,
+    CoCATrainer,
+    DanceGRPOConfig,
+    DanceGRPOTrainer,
+    DenseGRPOConfig,
+    DenseGRPOTrainer,
+    DiffusionNFTConfig,
+    DiffusionNFTTrainer,
+    FlowGRPOConfig,
+    FlowGRPOFastConfig,
+    FlowGRPOFastTrainer,
+    FlowGRPOTrainer,
+    G2RPOConfig,
+    G2RPOTrainer,
+    MixGRPOConfig,
+    MixGRPOTrainer,
+    TempFlowGRPOConfig,
+    TempFlowGRPOTrainer,
+    TurningPointGRPOConfig,
+    TurningPointGRPOTrainer,
 )
+
+
+FLOW = (FlowGRPOTrainer, FlowGRPOConfig)
+FAST = (FlowGRPOFastTrainer, FlowGRPOFastConfig)
+DANCE = (DanceGRPOTrainer, DanceGRPOConfig)
+MIX = (MixGRPOTrainer, MixGRPOConfig)
+COCA = (CoCATrainer, CoCAConfig)
+TEMP = (TempFlowGRPOTrainer, TempFlowGRPOConfig)
+TURNING = (TurningPointGRPOTrainer, TurningPointGRPOConfig)
+DENSE = (DenseGRPOTrainer, DenseGRPOConfig)
+G2 = (G2RPOTrainer, G2RPOConfig)
+NFT = (DiffusionNFTTrainer, DiffusionNFTConfig)
+AWM = (AWMTrainer, AWMConfig)
+B2 = (B2DiffuRLTrainer, B2DiffuRLConfig)
+ALL = (FLOW, FAST, DANCE, MIX, COCA, TEMP, TURNING, DENSE, G2, NFT, AWM, B2)
 
 
 def refused(make_trainer, method, message, **arguments):
@@ -94,6 +127,115 @@ def refused(make_trainer, method, message, **arguments):
 )
 def test_settings(make_trainer, method, settings, message):
     refused(make_trainer, method, message, **settings)
+
+
+@pytest.mark.parametrize(
+    "method, settings, message",
+    [
+        # Windows
+        (FAST, {"sde_window_range": [0, 5]}, r"sde_window_range=\[0, 5\]: expected .* within the steps 0 to 4"),
+        (FAST, {"sde_window_range": [-1, 2]}, r"sde_window_range=\[-1, 2\]: expected a first step"),
+        (MIX, {"sde_window_range": [2, 2]}, r"sde_window_range=\[2, 2\]: expected a first step"),
+        (B2, {"sde_window_range": [2]}, r"sde_window_range=\[2\]: expected a first step"),
+        (
+            FAST,
+            {"sde_window_size": 3, "sde_window_range": [1, 3]},
+            r"sde_window_size=3 does not fit into sde_window_range=\[1, 3\]: expected at most 2",
+        ),
+        (MIX, {"sde_window_size": 3}, r"sde_window_size=3 does not fit into sde_window_range=\[0, 2\]"),
+        (FAST, {"sde_window_size": 0}, "sde_window_size=0: expected at least 1"),
+        (B2, {"sde_window_interval": 0}, "sde_window_interval=0: expected at least 1"),
+        (MIX, {"sde_window_stride": 0}, "sde_window_stride=0: expected at least 1"),
+        (FAST, {"sde_window_schedule": "slow"}, "sde_window_schedule='slow' is unknown: expected one of 'random'"),
+        (FAST, {"sde_steps": [0]}, r"sde_steps=\[0\]: here a window chooses the steps"),
+        (MIX, {"sde_steps": [0]}, "here a window chooses the steps"),
+        (B2, {"sde_steps": [0]}, "here a window chooses the steps"),
+        ((FlowGRPOFastTrainer, FlowGRPOConfig), {"sde_steps": [0]}, "here a window chooses the steps"),
+        (FAST, {"sde_window_range": [2, 4], "sde_window_size": 1}, "Step 3 is among .* it has no noise"),
+        (
+            MIX,
+            {"flash_ratio": 0.4, "sde_window_range": [0, 4]},
+            r"flash_ratio=0.4 with sde_window_range=\[0, 4\]: .* there are 0 of 4 steps, which leaves nothing to compress",
+        ),
+        (MIX, {"flash_ratio": 0.4, "sde_window_range": [0, 3]}, "there are 1 of 4 steps"),
+        (MIX, {"flash_ratio": 0.0}, "flash_ratio=0.0: expected a number between 0 and 1"),
+        (MIX, {"flash_ratio": 1.0}, "flash_ratio=1.0: expected a number between 0 and 1"),
+        # Steps and their credit
+        (DANCE, {"timestep_fraction": 0.0}, "timestep_fraction=0.0: expected a number above 0, at most 1"),
+        (DANCE, {"timestep_fraction": 1.1}, "timestep_fraction=1.1: expected a number above 0, at most 1"),
+        (COCA, {"similarity_window": 0}, "similarity_window=0: expected 1 to num_inference_steps=4"),
+        (COCA, {"similarity_window": 5}, "similarity_window=5: expected 1 to num_inference_steps=4"),
+        (COCA, {"outcome_share": 1.5}, "outcome_share=1.5: expected a number above 0, at most 1"),
+        (COCA, {"outcome_share": -0.5}, "outcome_share=-0.5: expected a number"),
+        (
+            TURNING,
+            {"turning_points": False},
+            "balance_turning_points=True has nothing to balance with turning_points=False",
+        ),
+        (TURNING, {"sde_steps": [0, 2]}, r"sde_steps=\[0, 2\]: .* Expected consecutive steps"),
+        ((TurningPointGRPOTrainer, FlowGRPOConfig), {"sde_steps": [2, 0]}, "Expected consecutive steps"),
+        (DENSE, {"tail_solver": "heun"}, "tail_solver='heun' is unknown: expected one of 'euler', 'dpm'"),
+        (
+            DENSE,
+            {"tail_solver": "dpm", "tail_steps": 1},
+            "tail_solver='dpm' has no effect with tail_steps=1: a second-order step needs one before it",
+        ),
+        # Seeds
+        (TEMP, {"num_seeds": 0}, "num_seeds=0: expected at least 1"),
+        (
+            TEMP,
+            {"num_seeds": 2, "per_device_train_batch_size": 3},
+            "per_device_train_batch_size=3 x steps_per_generation=1 groups cannot hold 2 groups of each prompt: expected a "
+            "multiple of 2",
+        ),
+        ((TempFlowGRPOTrainer, FlowGRPOConfig), {}, "expected a multiple of 4"),
+        (
+            TEMP,
+            {"num_seeds": 2, "per_device_train_batch_size": 14},
+            "train_dataset has 6 prompts, but one rollout takes 7",
+        ),
+        (TEMP, {"same_initial_noise": False}, "in TempFlow-GRPO all branches of a group leave one trunk"),
+        # Objectives
+        (FLOW, {"objective": "ppo"}, "objective='ppo' is unknown: expected one of 'clip', 'guard', 'dppo'"),
+        (FLOW, {"kl_mask_threshold": 1e-6}, "kl_mask_threshold=1e-06 has no effect with objective='clip'"),
+        (
+            FLOW,
+            {"kl_mask_threshold": 1e-6, "objective": "guard"},
+            "kl_mask_threshold=1e-06 has no effect with objective='guard'",
+        ),
+        (FLOW, {"kl_mask_threshold": 0.0, "objective": "dppo"}, "kl_mask_threshold=0.0: expected a positive number"),
+        (FLOW, {"sde_type": "cps", "beta": 0.04}, "beta=0.04 with kl_type='mean' .* divides the divergence of step 2"),
+        (TURNING, {"kl_type": "gaussian", "beta": 1e-4}, "with kl_type='gaussian' and sde_type='cps' divides"),
+        # Forward process
+        (NFT, {"objective": "guard"}, "objective='guard' is about stochastic steps, and this method has none"),
+        (NFT, {"kl_type": "mean"}, "kl_type='mean' is about stochastic steps"),
+        (AWM, {"kl_type": "gaussian"}, "kl_type='gaussian' is about stochastic steps"),
+        (AWM, {"step_weighting": "noise"}, "step_weighting='noise' is about stochastic steps"),
+        ((AWMTrainer, FlowGRPOConfig), {"objective": "dppo"}, "objective='dppo' is about stochastic steps"),
+        (NFT, {"timestep_fraction": 0.0}, "timestep_fraction=0.0: expected a number above 0"),
+        (NFT, {"nft_beta": 0.0}, "nft_beta=0.0: expected a positive number"),
+        (
+            NFT,
+            {"old_policy_decay": 1.0},
+            "old_policy_decay=1.0 and old_policy_decay_rate=0.001: expected a decay from 0",
+        ),
+        (NFT, {"old_policy_decay_rate": -0.1}, "old_policy_decay_rate=-0.1: expected a decay"),
+        (AWM, {"matching": "huber"}, "matching='huber' is unknown: expected one of 'uniform', 'sigma', 'ghuber'"),
+        (AWM, {"num_inference_steps": 1}, "num_inference_steps=1 leaves no step to train"),
+    ],
+)
+def test_settings_of_a_method(make_trainer, method, settings, message):
+    refused(make_trainer, method, message, **settings)
+
+
+@pytest.mark.parametrize("trainer_class, config_class", ALL)
+def test_the_config_of_another_method_is_refused(make_trainer, trainer_class, config_class):
+    """Its own fields would be ignored in silence."""
+    for _, other in ALL:
+        if other in (config_class, FlowGRPOConfig):
+            continue
+        with pytest.raises(ValueError, match=f"args is a {other.__name__}: expected a {config_class.__name__} or a"):
+            make_trainer(trainer_class, other, model="is not loaded")
 
 
 def one_too_few(images, **kwargs):

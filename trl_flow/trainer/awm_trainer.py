@@ -49,7 +49,10 @@ class AWMTrainer(ForwardProcessTrainer):
 
     def default_sde_steps(self):
         # Neither pure noise nor the nearly clean end.
-        return list(range(1, max(2, int(0.9 * self.args.num_inference_steps))))
+        num_steps = self.args.num_inference_steps
+        return list(range(1, min(num_steps, max(2, int(0.9 * num_steps)))))
 
     def statistics(self, chunk, velocity):
-        return {"log_probs": matching_log_prob(velocity, chunk.next_latents, chunk.sigma, self.args.matching)}
+        return {
+            "log_probs": matching_log_prob(velocity[chunk.row], chunk.next_latents, chunk.sigma, self.args.matching)
+        }

@@ -36,9 +36,10 @@ class B2DiffuRLConfig(FlowGRPOFastConfig):
     num_generations: int = with_default(FlowGRPOFastConfig, "num_generations", 5)
     same_initial_noise: bool = with_default(FlowGRPOFastConfig, "same_initial_noise", True)
     epsilon: float = with_default(FlowGRPOFastConfig, "epsilon", 1e-4)
-    sde_window_size: int = with_default(FlowGRPOFastConfig, "sde_window_size", 13)
     sde_window_schedule: str = with_default(FlowGRPOFastConfig, "sde_window_schedule", "backward")
     sde_window_interval: int = with_default(FlowGRPOFastConfig, "sde_window_interval", 14)
+
+    _default_window_size = 13
 
     def default_window_range(self) -> list[int]:
         return [0, max(1, self.num_inference_steps - 1)]

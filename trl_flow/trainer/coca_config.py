@@ -27,14 +27,19 @@ class CoCAConfig(FlowGRPOConfig):
     others are the published code's.
 
     Parameters:
-        similarity_window (`int`, *optional*, defaults to `5`):
-            Number of steps over which the similarity to the clean latent is averaged, w.
+        similarity_window (`int`, *optional*):
+            Number of steps over which the similarity to the clean latent is averaged, w. Defaults to 5, or to all steps
+            where there are fewer.
         outcome_share (`float`, *optional*, defaults to `0.0`):
             Share of the advantage that every step gets alike, alpha. With 1, this is Flow-GRPO normalised twice.
     """
 
-    similarity_window: int = field(
-        default=5, metadata={"help": "Number of steps over which the similarity to the clean latent is averaged, w."}
+    similarity_window: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of steps over which the similarity to the clean latent is averaged, w. Defaults to 5, or to "
+            "all steps where there are fewer."
+        },
     )
     outcome_share: float = field(
         default=0.0, metadata={"help": "Share of the advantage that every step gets alike, alpha."}
@@ -42,6 +47,8 @@ class CoCAConfig(FlowGRPOConfig):
 
     def validate(self):
         super().validate()
+        if self.similarity_window is None:
+            self.similarity_window = min(5, self.num_inference_steps)
         if not 1 <= self.similarity_window <= self.num_inference_steps:
             raise ValueError(
                 f"similarity_window={self.similarity_window}: expected 1 to num_inference_steps="

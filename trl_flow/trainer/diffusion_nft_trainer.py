@@ -38,7 +38,8 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
     _name = "DiffusionNFT"
     _config_class = DiffusionNFTConfig
     _trains_without_advantage = True
-    _old: list[torch.Tensor] | None = None  # None: the trained policy itself
+    _old: list[torch.Tensor] | None = None  # the policy that samples
+    _lags = False  # whether it differs from the trained one
     _paper = {
         "title": "DiffusionNFT: Online Diffusion Reinforcement with Forward Process",
         "id": "2509.16117",
@@ -53,7 +54,7 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
     }
 
     def statistics(self, chunk, velocity):
-        return {"velocity": velocity}
+        return {"velocity": velocity[chunk.row]}
 
     def policy_loss(self, chunk, advantages, new, old):
         losses = contrastive_loss(
@@ -68,7 +69,7 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
         return losses, {"velocity_change": (new["velocity"] - old["velocity"]).square().flatten(1).mean(1)}
 
     def on_policy(self, micro_batch):
-        return self._old is None and super().on_policy(micro_batch)
+        return not self._lags and super().on_policy(micro_batch)
 
     def _generate_and_score(self, rows):
         self._update_old_policy()
@@ -78,18 +79,16 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
     def _update_old_policy(self):
         args = self.args
         decay = min(args.old_policy_decay_rate * self.state.global_step, args.old_policy_decay)
-        if decay == 0:
-            self._old = None
-            return
         new = [parameter.detach().clone() for parameter in self._trainable]
-        if self._old is not None:
+        self._lags = decay > 0 and self._old is not None
+        if self._lags:
             new = [n.lerp(o, decay) for n, o in zip(new, self._old, strict=True)]
         self._old = new
 
     @contextmanager
     def _sampling_policy(self):
         """The policy that samples. Its velocities in the training batches are noted under it, too."""
-        if self._old is None:
+        if not self._lags:
             yield
             return
         trained = [parameter.detach().clone() for parameter in self._trainable]

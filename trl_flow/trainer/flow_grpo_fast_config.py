@@ -30,8 +30,9 @@ class FlowGRPOFastConfig(FlowGRPOConfig):
     trunk per group that branches at the window, as its first version did, for fewer evaluations.
 
     Parameters:
-        sde_window_size (`int`, *optional*, defaults to `3`):
-            Number of consecutive steps that are stochastic and trained.
+        sde_window_size (`int`, *optional*):
+            Number of consecutive steps that are stochastic and trained. Defaults to the method's (Flow-GRPO-Fast: 3,
+            MixGRPO: 4, B2-DiffuRL: 13), or to the whole range where that is shorter.
         sde_window_range (`list[int]`, *optional*):
             First step of the windows' range and the first step after it. Defaults to the first half of the steps.
         sde_window_schedule (`str`, *optional*, defaults to `"random"`):
@@ -48,8 +49,12 @@ class FlowGRPOFastConfig(FlowGRPOConfig):
     noise_level: list[str] = with_default(FlowGRPOConfig, "noise_level", 0.8)
     epsilon: float = with_default(FlowGRPOConfig, "epsilon", 1e-5)
     beta: float = with_default(FlowGRPOConfig, "beta", 0.0)
-    sde_window_size: int = field(
-        default=3, metadata={"help": "Number of consecutive steps that are stochastic and trained."}
+    sde_window_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of consecutive steps that are stochastic and trained. Defaults to the method's "
+            "(Flow-GRPO-Fast: 3, MixGRPO: 4, B2-DiffuRL: 13), or to the whole range where that is shorter."
+        },
     )
     sde_window_range: list[int] | None = field(
         default=None,
@@ -64,6 +69,15 @@ class FlowGRPOFastConfig(FlowGRPOConfig):
     )
     sde_window_interval: int = field(default=25, metadata={"help": "Rollouts per position of a window that moves on."})
     sde_window_stride: int = field(default=1, metadata={"help": "Steps by which it moves."})
+
+    _default_window_size = 3
+
+    @classmethod
+    def from_config(cls, config):
+        if cls is FlowGRPOFastConfig and type(config) is not cls and isinstance(config, cls):
+            # Those of MixGRPO and B2-DiffuRL are made from this one; their own fields would be ignored here.
+            raise ValueError(f"args is a {type(config).__name__}: expected a {cls.__name__} or a FlowGRPOConfig.")
+        return super().from_config(config)
 
     def default_window_range(self) -> list[int]:
         return [0, max(1, self.num_inference_steps // 2)]
@@ -91,7 +105,7 @@ class FlowGRPOFastConfig(FlowGRPOConfig):
             )
         _check_choice("sde_window_schedule", self.sde_window_schedule, SCHEDULES)
         for name in ("sde_window_size", "sde_window_interval", "sde_window_stride"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
         if self.sde_window_range is None:
             self.sde_window_range = self.default_window_range()
@@ -101,6 +115,8 @@ class FlowGRPOFastConfig(FlowGRPOConfig):
                 f"sde_window_range={limits}: expected a first step and the first step after the range, within the steps 0 to "
                 f"{self.num_inference_steps} of num_inference_steps={self.num_inference_steps}."
             )
+        if self.sde_window_size is None:
+            self.sde_window_size = min(self._default_window_size, limits[1] - limits[0])
         if self.sde_window_size > limits[1] - limits[0]:
             raise ValueError(
                 f"sde_window_size={self.sde_window_size} does not fit into sde_window_range={limits}: expected at most "

@@ -46,12 +46,20 @@ class ForwardProcessTrainer(FlowGRPOTrainer):
         # A sample without a score, or in a group of equals, has no say.
         return mask & random_steps(mask, self.args.timestep_fraction, self.args.seed, keys)
 
+    def _log_update(self, logged, norms, steps):
+        logged = {name: values for name, values in logged.items() if any(len(value) for value in values)}
+        super()._log_update(logged, norms, steps)
+
     def _resolve_noise_levels(self):
         return [0.0] * self.args.num_inference_steps
 
     def _chunks(self, inputs):
         shape = inputs["nodes"].shape[2:]
         for chunk in super()._chunks(inputs):
+            if not len(chunk.row):
+                # The one chunk of a micro-batch in which no sample has a say: nothing is learned from it.
+                yield chunk
+                continue
             groups, _, members = (index.tolist() for index in chunk.members)
             noise = {
                 group: seeded_noise(

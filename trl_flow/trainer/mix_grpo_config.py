@@ -45,7 +45,6 @@ class MixGRPOConfig(FlowGRPOFastConfig):
         FlowGRPOFastConfig, "multi_objective_aggregation", "normalize_then_sum"
     )
     ema_decay: float | None = with_default(FlowGRPOFastConfig, "ema_decay", None)
-    sde_window_size: int = with_default(FlowGRPOFastConfig, "sde_window_size", 4)
     sde_window_schedule: str = with_default(FlowGRPOFastConfig, "sde_window_schedule", "progressive")
     flash_ratio: float | None = field(
         default=None,
@@ -54,6 +53,8 @@ class MixGRPOConfig(FlowGRPOFastConfig):
             "The paper has 0.4."
         },
     )
+
+    _default_window_size = 4
 
     def default_window_range(self) -> list[int]:
         return [0, max(1, self.num_inference_steps - 2)]

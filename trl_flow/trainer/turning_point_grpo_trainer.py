@@ -62,5 +62,9 @@ class TurningPointGRPOTrainer(FlowGRPOTrainer):
         return turning_points(rewards, self.args.balance_turning_points)
 
     def log_credit(self, rewards, plan):
-        turning = turning_points(rewards, self.args.balance_turning_points) != gain(rewards)
-        self._metrics["train"]["turning_points"].append(turning.double().mean().item())
+        if not self.args.turning_points:
+            return
+        gains = gain(rewards)
+        turning = turning_points(rewards, self.args.balance_turning_points) != gains
+        # A gain without a score is no turning point, although NaN differs from itself.
+        self._metrics["train"]["turning_points"].append((turning & ~gains.isnan()).double().mean().item())
