@@ -117,7 +117,7 @@ def calibrate_noise(
     trainer = DenseGRPOTrainer(model, reward_funcs, args, train_dataset)
     trainer.check_reward_functions()
     args, sigmas, steps = trainer.args, trainer.sigmas.tolist(), trainer.sde_steps
-    plan = dense_plan(args.num_inference_steps, 1, steps, args.tail_steps)
+    plan = dense_plan(args.num_inference_steps, 1, steps, args.tail_steps, solver=args.tail_solver)
     leaf = {node: position for position, node in enumerate(plan.leaves)}
     leaves = torch.tensor([[[leaf[node] for node in edge.leaves] for edge in plan.transitions[s]] for s in plan.steps])
 
@@ -197,6 +197,7 @@ def calibrate_noise(
             "guidance_scale": args.guidance_scale,
             "image_size": list(trainer.policy.image_size),
             "tail_steps": args.tail_steps,
+            "tail_solver": args.tail_solver,
             "rule": rule,
             "threshold": threshold,
             "step_size": step_size,

@@ -207,11 +207,18 @@ def test_settings(make_trainer, method, settings, message):
         (FLOW, {"sde_type": "cps", "beta": 0.04}, "beta=0.04 with kl_type='mean' .* divides the divergence of step 2"),
         (TURNING, {"kl_type": "gaussian", "beta": 1e-4}, "with kl_type='gaussian' and sde_type='cps' divides"),
         # Forward process
-        (NFT, {"objective": "guard"}, "objective='guard' is about stochastic steps, and this method has none"),
-        (NFT, {"kl_type": "mean"}, "kl_type='mean' is about stochastic steps"),
-        (AWM, {"kl_type": "gaussian"}, "kl_type='gaussian' is about stochastic steps"),
-        (AWM, {"step_weighting": "noise"}, "step_weighting='noise' is about stochastic steps"),
-        ((AWMTrainer, FlowGRPOConfig), {"objective": "dppo"}, "objective='dppo' is about stochastic steps"),
+        (NFT, {"objective": "guard"}, "objective='guard': the rollouts of this method are deterministic"),
+        (NFT, {"kl_type": "mean"}, "kl_type='mean': the rollouts of this method are deterministic"),
+        (AWM, {"kl_type": "gaussian"}, "kl_type='gaussian': the rollouts of this method are deterministic"),
+        (AWM, {"step_weighting": "noise"}, "step_weighting='noise': the rollouts of this method are deterministic"),
+        (
+            (AWMTrainer, FlowGRPOConfig),
+            {"objective": "dppo"},
+            "objective='dppo': the rollouts of this method are deterministic",
+        ),
+        (NFT, {"same_initial_noise": True}, "same_initial_noise=True: the rollouts of this method are deterministic"),
+        (AWM, {"noise_level": 0.3}, "noise_level=0.3: .* Leave it at 0.7"),
+        (NFT, {"epsilon": 1e-3}, "epsilon=0.001: .* Leave it at 0.0001"),
         (NFT, {"timestep_fraction": 0.0}, "timestep_fraction=0.0: expected a number above 0"),
         (NFT, {"nft_beta": 0.0}, "nft_beta=0.0: expected a positive number"),
         (

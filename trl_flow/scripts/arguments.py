@@ -44,6 +44,9 @@ class FlowScriptArguments:
             `shapes` when the model is `shapes`.
         eval_reward_funcs (`list[str]`, *optional*):
             Rewards that are measured at evaluation and never trained on.
+        on_reward_hacking (`str`, *optional*):
+            What to do when the trained reward rises while one of `eval_reward_funcs` falls beyond its noise: `"warn"`,
+            `"stop"` or `"rollback"` to the best evaluation; see [`RewardHackingCallback`]. By default nothing is watched.
         dataset_name (`str`, *optional*):
             Prompts: the name of a prompt set, a Hub id, or a .txt, .jsonl, .csv or .parquet file. By default the
             prompt set of the first reward.
@@ -70,6 +73,7 @@ class FlowScriptArguments:
         "Rewards and prompts": [
             "reward_funcs",
             "eval_reward_funcs",
+            "on_reward_hacking",
             "dataset_name",
             "dataset_config",
             "dataset_train_split",
@@ -117,6 +121,14 @@ class FlowScriptArguments:
     eval_reward_funcs: list[str] | None = field(
         default=None,
         metadata={"help": "Rewards that are measured at evaluation and never trained on."},
+    )
+    on_reward_hacking: str | None = field(
+        default=None,
+        metadata={
+            "help": "What to do when the trained reward rises while one of `eval_reward_funcs` falls beyond its noise: "
+            "`warn`, `stop`, or `rollback` to the best evaluation. By default nothing is watched.",
+            "choices": ["warn", "stop", "rollback"],
+        },
     )
     dataset_name: str | None = field(
         default=None,

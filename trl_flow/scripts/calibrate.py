@@ -165,6 +165,7 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
         "noise_level",
         "sde_steps",
         "tail_steps",
+        "tail_solver",
         "rollout_batch_size",
         "reward_weights",
         "seed",

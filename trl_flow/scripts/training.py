@@ -237,6 +237,11 @@ def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training
     if training_args.eval_strategy != "no":
         eval_dataset = load_script_prompts(script_args, script_args.dataset_test_split, script_args.num_eval_prompts)
     training_args.model_init_kwargs = model_init_kwargs(script_args, training_args)
+    callbacks = None
+    if script_args.on_reward_hacking is not None:
+        from ..callbacks import RewardHackingCallback
+
+        callbacks = [RewardHackingCallback(script_args.on_reward_hacking)]
     return trainer_class(
         model=script_args.model_name_or_path,
         reward_funcs=script_args.reward_funcs,
@@ -244,6 +249,7 @@ def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         eval_reward_funcs=script_args.eval_reward_funcs,
+        callbacks=callbacks,
         peft_config=LoraConfig(
             r=script_args.lora_r,
             lora_alpha=script_args.lora_alpha,
@@ -291,14 +297,16 @@ def held_out_scores(log_history: list[dict]) -> dict[str, tuple[float, float]]:
     return scores
 
 
-def paired_intervals(output_dir: str) -> dict[str, float]:
+def paired_intervals(output_dir: str, last_step: int | None = None) -> dict[str, float]:
     """
-    Half the 95 % interval of the mean change of each held-out score.
+    Half the 95 % interval of the mean change of each held-out score, up to `last_step` (a run may have been rolled back).
 
     Pictures are paired: every evaluation starts from the same prompts and noise, so that what differs between prompts
     cancels out.
     """
     files = sorted(Path(output_dir, "samples").glob("step_*.json"))
+    if last_step is not None:
+        files = [file for file in files if int(file.stem.removeprefix("step_")) <= last_step]
     if len(files) < 2:
         return {}
     first, last = (json.loads(files[position].read_text()) for position in (0, -1))
@@ -323,7 +331,7 @@ def print_scores(trainer) -> None:
     # "Before" is the base model; a run that first looked later says so.
     for title in ("before" if first == 0 else f"step {first}", "after", "change, with its 95 % interval"):
         table.add_column(title, justify="right")
-    scores, intervals = held_out_scores(log), paired_intervals(trainer.args.output_dir)
+    scores, intervals = held_out_scores(log), paired_intervals(trainer.args.output_dir, trainer.state.global_step)
     for name in trainer.reward_names + trainer.eval_reward_names:
         if name in scores:
             before, after = scores[name]

@@ -17,6 +17,8 @@
 
 import textwrap
 
+import torch
+
 from .b2_diffu_rl_config import B2DiffuRLConfig
 from .flow_grpo_fast_trainer import FlowGRPOFastTrainer
 
@@ -48,5 +50,5 @@ class B2DiffuRLTrainer(FlowGRPOFastTrainer):
     }
 
     def trained(self, advantages, mask, keys):
-        best, worst = advantages.amax(-1, keepdim=True), advantages.amin(-1, keepdim=True)
-        return (advantages == best) | (advantages == worst)
+        best, worst = advantages.argmax(-1, keepdim=True), advantages.argmin(-1, keepdim=True)
+        return torch.zeros_like(mask).scatter(-1, best, True).scatter(-1, worst, True)

@@ -48,6 +48,11 @@ class DiffusionNFTConfig(ForwardProcessConfig):
     )
     old_policy_decay_rate: float = field(default=0.001, metadata={"help": "Growth of that decay per update, from 0."})
 
+    @classmethod
+    def _only(cls):
+        # There is no ratio to clip.
+        return {**super()._only(), "epsilon": cls.__dataclass_fields__["epsilon"].default, "epsilon_high": None}
+
     def validate(self):
         super().validate()
         if self.nft_beta <= 0:

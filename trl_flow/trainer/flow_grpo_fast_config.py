@@ -34,7 +34,8 @@ class FlowGRPOFastConfig(FlowGRPOConfig):
             Number of consecutive steps that are stochastic and trained. Defaults to the method's (Flow-GRPO-Fast: 3,
             MixGRPO: 4, B2-DiffuRL: 13), or to the whole range where that is shorter.
         sde_window_range (`list[int]`, *optional*):
-            First step of the windows' range and the first step after it. Defaults to the first half of the steps.
+            First step of the windows' range and the first step after it. Defaults to the method's: Flow-GRPO-Fast the
+            first half of the steps, MixGRPO all but the last two, B2-DiffuRL all but the last.
         sde_window_schedule (`str`, *optional*, defaults to `"random"`):
             How the window moves from rollout to rollout: `"random"`, `"progressive"`, `"decay"`, `"frozen"` or
             `"backward"`; see [`~trl_flow.rollout.window`].
@@ -59,8 +60,8 @@ class FlowGRPOFastConfig(FlowGRPOConfig):
     sde_window_range: list[int] | None = field(
         default=None,
         metadata={
-            "help": "First step of the windows' range and the first step after it. Defaults to the first half of the "
-            "steps."
+            "help": "First step of the windows' range and the first step after it. Defaults to the method's: "
+            "Flow-GRPO-Fast the first half of the steps, MixGRPO all but the last two, B2-DiffuRL all but the last."
         },
     )
     sde_window_schedule: str = field(

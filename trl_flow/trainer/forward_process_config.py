@@ -16,6 +16,7 @@
 """Configuration shared by the methods that train on freshly noised samples."""
 
 import copy
+import dataclasses
 from dataclasses import dataclass, field
 
 from .flow_grpo_config import FlowGRPOConfig, _check_fraction, with_default
@@ -25,7 +26,7 @@ from .flow_grpo_config import FlowGRPOConfig, _check_fraction, with_default
 class ForwardProcessConfig(FlowGRPOConfig):
     r"""
     Configuration shared by [`DiffusionNFTConfig`] and [`AWMConfig`]: rollouts are deterministic, and the clean samples are
-    noised afresh for training. What belongs to stochastic steps (`sde_type`, `noise_level`) has no part in it.
+    noised afresh for training. What belongs to stochastic steps (`sde_type`, `noise_level`, `objective`, ...) is refused.
 
     Parameters:
         sde_steps (`list[int]`, *optional*):
@@ -35,6 +36,7 @@ class ForwardProcessConfig(FlowGRPOConfig):
     """
 
     guidance_scale: float = with_default(FlowGRPOConfig, "guidance_scale", 1.0)
+    scale_rewards: str = with_default(FlowGRPOConfig, "scale_rewards", "batch")
     kl_type: str = with_default(FlowGRPOConfig, "kl_type", "velocity")
     sde_steps: list[int] | None = field(
         default=None,
@@ -49,14 +51,26 @@ class ForwardProcessConfig(FlowGRPOConfig):
     def from_config(cls, config):
         if type(config) is FlowGRPOConfig:
             config = copy.copy(config)
-            config.kl_type = "velocity"  # the only one that there is here
+            if config.kl_type == FlowGRPOConfig.__dataclass_fields__["kl_type"].default:
+                config.kl_type = "velocity"  # the only one that there is here
         return super().from_config(config)
+
+    @classmethod
+    def _only(cls) -> dict:
+        """The one value of each setting that has no part in these methods."""
+        only = {"kl_type": "velocity", "same_initial_noise": False}
+        names = ("sde_type", "noise_level", "objective", "step_weighting")
+        fields = {f.name: f for f in dataclasses.fields(FlowGRPOConfig) if f.name in names}
+        return only | {
+            name: f.default_factory() if f.default is dataclasses.MISSING else f.default for name, f in fields.items()
+        }
 
     def validate(self):
         super().validate()
         _check_fraction("timestep_fraction", self.timestep_fraction)
-        for name, only in (("objective", "clip"), ("step_weighting", "none"), ("kl_type", "velocity")):
+        for name, only in self._only().items():
             if getattr(self, name) != only:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is about stochastic steps, and this method has none: expected {only!r}."
+                    f"{name}={getattr(self, name)!r}: the rollouts of this method are deterministic, and only their samples "
+                    f"are trained on. Leave it at {only!r}."
                 )
