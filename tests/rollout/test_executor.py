@@ -12,6 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -249,6 +251,25 @@ def test_samples_of_the_forward_process_are_kept():
     assert sorted(rollout.nodes) == plan.leaves
     for position, leaf in enumerate(plan.leaves):
         assert torch.equal(rollout.nodes[leaf], rollout.leaves[:, position])
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm"])
+def test_what_a_sweep_holds_does_not_grow_with_its_steps(solver):
+    def held(num_steps):
+        """Latents alive at the last evaluation."""
+        counts = []
+
+        def velocity(latents, sigma, prompt):
+            if sigma <= sigmas[-2]:
+                counts.append(sum(type(x) is torch.Tensor and x.shape == (1, 37) for x in gc.get_objects()))
+            return -latents
+
+        sigmas = torch.linspace(1, 0, num_steps + 1)
+        plan = chain_plan(num_steps, 1, [0], solver=solver)
+        execute(plan, velocity, sigmas, torch.randn(1, 2, 37), [0.7] * num_steps)
+        return max(counts)
+
+    assert held(4) == held(12) > 0
 
 
 # ---- The cost, counted on a transformer ----

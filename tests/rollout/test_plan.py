@@ -171,6 +171,19 @@ def test_dense_plan_ends_in_the_chains_own_end_after_the_last_stochastic_step():
     assert with_ode_end.num_evaluations == without.num_evaluations == 24 * 55
 
 
+@pytest.mark.parametrize("solver", ["euler", "dpm"])
+def test_dense_plan_does_not_sample_what_nothing_credits(solver):
+    # Tails of one step leave at 0, 1, 2 and 3; what a chain would go on to from 3 has no reward to give.
+    plan = dense_plan(8, 2, [0, 2], 1, solver=solver)
+    assert plan.num_evaluations == 2 * 4
+    credited = {leaf for edges in plan.transitions.values() for edge in edges for leaf in edge.leaves}
+    assert set(plan.leaves) == credited and len(credited) == 2 * 4
+    # Of two steps: at 4, 4, 5 and 5 on the way from 0, 1, 2 and 3.
+    assert dense_plan(8, 2, [0, 2], 2, solver=solver).num_evaluations == 2 * (4 + 4)
+    # Euler's full tails: eight steps from 0, seven from 1 (through 2, the chain's own step there), five from 3.
+    assert dense_plan(8, 2, [0, 2]).num_evaluations == 2 * (8 + 7 + 5)
+
+
 def test_branch_plan():
     num_steps, generations, trained, strides = 8, 3, [0, 2, 3], (1, 2, 3)
     plan = branch_plan(num_steps, generations, trained, strides)
