@@ -71,6 +71,7 @@ def create_model_card(
     load_expression: str | None = None,
     license: str | None = None,
     pipeline_tag: str = "text-to-image",
+    scheduler: str | None = None,
     steps: int | None = None,
     seconds: float | None = None,
     nfe: int | None = None,
@@ -128,6 +129,8 @@ def create_model_card(
             Licence id. Defaults to the base model's, when its card can be read.
         pipeline_tag (`str`, *optional*, defaults to `"text-to-image"`):
             Task of the pipeline on the Hub.
+        scheduler (`str`, *optional*):
+            Scheduler class that the usage example sets, where the adapter was trained for another than the pipeline's own.
         steps, seconds, nfe, hardware (*optional*):
             Updates, seconds of training, velocities evaluated, and what it ran on (found by itself).
         diffusers_format (`bool`, *optional*):
@@ -218,6 +221,7 @@ def create_model_card(
             component,
             diffusers_format,
             pipeline_tag,
+            scheduler,
         ),
         diffusers_format=diffusers_format,
         score_rows=score_rows,
@@ -360,15 +364,21 @@ def _snippet(
     component: str,
     diffusers_format: bool,
     pipeline_tag: str,
+    scheduler: str | None,
 ) -> str:
     lines = ["import torch"]
-    if "DiffusionPipeline" in load_expression:
-        lines.append("from diffusers import DiffusionPipeline")
+    names = ["DiffusionPipeline"] if "DiffusionPipeline" in load_expression else []
+    if scheduler is not None:
+        names.insert(0, scheduler)
+    if names:
+        lines.append(f"from diffusers import {', '.join(sorted(names))}")
     if module := re.match(r"(trl_flow(?:\.[a-z_]+)*)\.\w+", load_expression):
         lines.append(f"import {module[1]}")
     if not diffusers_format:
         lines.append("from trl_flow.hub import load_adapter")
     lines += ["", f"pipe = {load_expression}"]
+    if scheduler is not None:
+        lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)")
     lines.append(
         f"pipe.load_lora_weights({json.dumps(adapter)})"
         if diffusers_format

@@ -41,6 +41,11 @@ class PipelineFamily:
     no_guidance: float = 1.0
     scheduler: str = "flow"
 
+    @property
+    def sampler(self) -> str | None:
+        """Class of the scheduler that samples as in training, where it may not be the checkpoint's own."""
+        return "DDIMScheduler" if self.scheduler == "ddim" else None
+
 
 STABLE_DIFFUSION_3 = PipelineFamily(
     name="Stable Diffusion 3",

@@ -324,6 +324,7 @@ def main(args: GenerateArguments):
             kwargs = {name: value for name, value in kwargs.items() if name in ("variant", "use_safetensors")}
         loading |= kwargs
     pipeline = load_pipeline(model, **loading)
+    _sample_as_in_training(pipeline)
     pipeline.to(args.device or _default_device())
     sampling = sampling_arguments(pipeline, args, config)
 
@@ -340,6 +341,17 @@ def main(args: GenerateArguments):
     make_grid(prompts, pictures, base_pictures).save(output)
     settings = ", ".join(f"{name}={value}" for name, value in sampling.items()) or "the pipeline's own settings"
     print(f"{len(prompts) * count} pictures with {settings}, seed={args.seed}: {output}")
+
+
+def _sample_as_in_training(pipeline):
+    """Diffusion models are trained and evaluated with DDIM, whatever scheduler their checkpoint names."""
+    import diffusers
+
+    from ..policy import FAMILIES
+
+    for family in FAMILIES:
+        if type(pipeline).__name__ in family.pipelines and family.sampler is not None:
+            pipeline.scheduler = getattr(diffusers, family.sampler).from_config(pipeline.scheduler.config)
 
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):

@@ -210,6 +210,7 @@ class SavingMixin:
             model_name=model_name,
             hub_model_id=self.args.hub_model_id,
             component=self.policy.family.component,
+            scheduler=self.policy.family.sampler,
             load_expression="trl_flow.policy.load_pipeline('shapes')" if self.base_model == "shapes" else None,
             steps=self.state.global_step,
             seconds=self._elapsed,
