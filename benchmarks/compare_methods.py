@@ -100,7 +100,7 @@ ABLATIONS = {
     "DenseGRPO, value after the step": ("dense-grpo", {"dense_reward": "value"}),
     "DenseGRPO, n = 1": ("dense-grpo", {"tail_steps": 1}),
     "DenseGRPO, n = 2": ("dense-grpo", {"tail_steps": 2}),
-    "DenseGRPO, n = 2, second order": ("dense-grpo", {"tail_steps": 2, "tail_solver": "dpm"}),
+    "DenseGRPO, second order": ("dense-grpo", {"tail_solver": "dpm"}),
     "DenseGRPO, uniform noise a = 0.7": ("dense-grpo", {"sde_type": "flow", "noise_level": 0.7}),
     "DenseGRPO, calibrated noise": ("dense-grpo", {"sde_type": "dance", "noise_level": PSI}),
     "G2RPO {1, 2}": ("g2rpo", {"granularities": [1, 2]}),
@@ -119,8 +119,8 @@ GROUPS = {
         "Flow-GRPO",
         "DenseGRPO, n = 1",
         "DenseGRPO, n = 2",
-        "DenseGRPO, n = 2, second order",
         "DenseGRPO",
+        "DenseGRPO, second order",
     ],
     "Noise of DenseGRPO": ["DenseGRPO, uniform noise a = 0.7", "DenseGRPO, calibrated noise", "DenseGRPO"],
     "Strides of G2RPO": ["G2RPO {1}", "G2RPO {1, 2}", "G2RPO {1, 3}", "G2RPO {1, 2, 3}"],
@@ -202,7 +202,7 @@ def trainer_of(name: str, seed: int, directory: Path, **changes):
     return make_trainer(getattr(trl_flow, COMMANDS[command].trainer), script_args, config)
 
 
-def measure_seconds(names: list[str], path: Path, rounds: int = 2, updates: int = 6):
+def measure_seconds(names: list[str], path: Path, known: dict[str, float], rounds: int = 2, updates: int = 6):
     """Seconds per update of every run, in turn, `rounds` times; the least mean counts, without the first two updates."""
     measured = {name: [] for name in names}
     for number in range(rounds):
@@ -215,7 +215,8 @@ def measure_seconds(names: list[str], path: Path, rounds: int = 2, updates: int 
             measured[name].append(statistics.mean(stopwatch.seconds[2:]))
             print(f"round {number + 1}, {name}: {measured[name][-1]:.2f} s per update", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({name: min(values) for name, values in measured.items()}, indent=1) + "\n")
+    known |= {name: min(values) for name, values in measured.items()}
+    path.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def run(name: str, seed: int, directory: Path, evaluations: float, seconds: float):
@@ -445,9 +446,10 @@ def main():
     names = [name for name in RUNS if name in args.only or slug(name) in args.only]
     queue = [(name, seed, Path(args.runs) / f"{slug(name)}-{seed}") for seed in args.seeds for name in names]
     timing = Path(args.runs) / "timing.json"
-    if not timing.is_file():
+    known = json.loads(timing.read_text()) if timing.is_file() else {}
+    if unknown := [name for name in names if name not in known]:
         torch.set_num_threads(1)
-        measure_seconds(list(RUNS), timing)
+        measure_seconds(unknown, timing, known)
     waiting = [job for job in queue if not (job[2] / "bench.json").is_file()]
     active = []
     while waiting or active:
