@@ -72,3 +72,31 @@ def test_the_card_samples_as_in_training(make_trainer):
     assert type(pipeline.scheduler) is PNDMScheduler
     _sample_as_in_training(pipeline)
     assert type(pipeline.scheduler) is DDIMScheduler
+
+
+def test_samples_are_noised_as_they_are_decoded(make_trainer):
+    """The grid of a diffusion pipeline may end above 0. What is noised for training is what is decoded, x0 = x (alpha + s)."""
+    pipeline = tiny_sd()
+    squared = pipeline.scheduler.final_alpha_cumprod.double()
+    assert squared < 1
+    trainer = make_trainer(
+        DiffusionNFTTrainer, DiffusionNFTConfig, model=pipeline, max_sequence_length=None, num_generations=3
+    )
+    parts = []
+    generate = trainer._generate_and_score
+
+    def noted(rows):
+        parts.extend(generate(rows))
+        return parts
+
+    trainer._generate_and_score = noted
+    trainer.train()
+    (part,) = parts
+    for chunk in trainer._chunks(part):
+        # x = (1 - s) x0 + s eps and the target is eps - x0.
+        clean = chunk.latents - chunk.sigma * chunk.next_latents
+        members = chunk.members[2]
+        leaves = part["nodes"][0, part["parents"][part["steps"].tolist().index(chunk.step)][members]]
+        scale = (squared.sqrt() + (1 - squared).sqrt()).item()
+        assert scale > 1.01
+        torch.testing.assert_close(clean, leaves * scale, rtol=1e-5, atol=1e-5)

@@ -223,6 +223,13 @@ class FlowPolicy(nn.Module):
         rows = [self.encode(prompt) for prompt in prompts]
         return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
+    def clean(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        Clean latents, of any shape, from those at the end of the grid: the same for flow pipelines. The grid of a
+        diffusion pipeline may end above 0, where it takes its latents for clean, in its own coordinates.
+        """
+        return latents * self._idle.scheduler.final_scale
+
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
         """
@@ -235,7 +242,7 @@ class FlowPolicy(nn.Module):
         Returns:
             `torch.Tensor` of shape `(n, 3, height, width)` in [0, 1], float32, on the CPU.
         """
-        latents = latents * self._idle.scheduler.final_scale
+        latents = self.clean(latents)
         if self.family.scheduler == "ddim":
             latents = latents.to(self.pipeline.vae.dtype)  # flow pipelines cast what they are given, these do not
         return torch.cat(

@@ -31,7 +31,7 @@ class CoCATrainer(FlowGRPOTrainer):
 
     It differs from [`FlowGRPOTrainer`] in the credit of a step: the advantage of the picture times the share of it that
     lies in the step and those after it, by how the estimates of the clean latent come nearer to the final one; normalised
-    once more within the group, step by step. The estimates are by-products of sampling: it costs no evaluation.
+    once more within the group, step by step, whatever `scale_rewards` says of the first time. The estimates are by-products of sampling: it costs no evaluation.
     """
 
     _tag_names = ["trl", "trl-flow", "coca"]

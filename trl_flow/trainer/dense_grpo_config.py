@@ -34,7 +34,8 @@ class DenseGRPOConfig(FlowGRPOConfig):
         tail_steps (`str`, *optional*, defaults to `"full"`):
             Number n of ODE steps that estimate the reward of a latent, or `"full"` for all the remaining ones.
         tail_solver (`str`, *optional*, defaults to `"euler"`):
-            Solver of these steps: `"euler"`, or `"dpm"`, second-order multistep, which needs fewer of them.
+            Solver of these steps: `"euler"`, or `"dpm"`, second-order multistep, whose pictures are nearer to the exact
+            solution's for as many evaluations.
     """
 
     dense_reward: str = field(
@@ -55,7 +56,8 @@ class DenseGRPOConfig(FlowGRPOConfig):
     tail_solver: str = field(
         default="euler",
         metadata={
-            "help": "Solver of these steps: `euler`, or `dpm`, second-order multistep, which needs fewer of them.",
+            "help": "Solver of these steps: `euler`, or `dpm`, second-order multistep, whose pictures are nearer to the "
+            "exact solution's for as many evaluations.",
             "choices": ["euler", "dpm"],
         },
     )
@@ -68,8 +70,8 @@ class DenseGRPOConfig(FlowGRPOConfig):
             if not str(self.tail_steps).isdigit() or int(self.tail_steps) < 1:
                 raise ValueError(f"tail_steps={self.tail_steps!r}: expected 'full' or a number of at least 1.")
             self.tail_steps = int(self.tail_steps)
-            if self.tail_steps == 1 and self.tail_solver == "dpm":
+            if self.tail_steps <= 2 and self.tail_solver == "dpm":
                 raise ValueError(
-                    "tail_solver='dpm' has no effect with tail_steps=1: a second-order step needs one before it. Leave it at "
-                    "'euler'."
+                    f"tail_solver='dpm' has no effect with tail_steps={self.tail_steps}: the first step and the one to sigma 0 "
+                    "are Euler's. Leave it at 'euler', or take at least 3 steps."
                 )

@@ -57,6 +57,10 @@ class DiffusionNFTConfig(ForwardProcessConfig):
         super().validate()
         if self.nft_beta <= 0:
             raise ValueError(f"nft_beta={self.nft_beta}: expected a positive number.")
+        if self.old_policy_decay == 0 and not self._is_default("old_policy_decay_rate"):
+            raise ValueError(
+                f"old_policy_decay_rate={self.old_policy_decay_rate} has no effect with old_policy_decay=0. Leave it unset."
+            )
         if not 0 <= self.old_policy_decay < 1 or self.old_policy_decay_rate < 0:
             raise ValueError(
                 f"old_policy_decay={self.old_policy_decay} and old_policy_decay_rate={self.old_policy_decay_rate}: expected "

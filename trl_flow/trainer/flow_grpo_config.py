@@ -315,6 +315,13 @@ class FlowGRPOConfig(_BaseConfig):
         _check_choice("step_weighting", self.step_weighting, STEP_WEIGHTINGS)
         _check_choice("objective", self.objective, OBJECTIVES)
         if self.objective == "dppo":
+            # Of a FlowGRPOConfig that another method was given, its own default is no wish either.
+            defaults = {kind.__dataclass_fields__["epsilon"].default for kind in (type(self), FlowGRPOConfig)}
+            if self.epsilon not in defaults or self.epsilon_high is not None:
+                raise ValueError(
+                    f"epsilon={self.epsilon}, epsilon_high={self.epsilon_high}: objective='dppo' clips no ratio. Leave them "
+                    "unset, and set kl_mask_threshold."
+                )
             self.kl_mask_threshold = 1e-5 if self.kl_mask_threshold is None else self.kl_mask_threshold
             if self.kl_mask_threshold <= 0:
                 raise ValueError(f"kl_mask_threshold={self.kl_mask_threshold}: expected a positive number.")
@@ -348,6 +355,8 @@ class FlowGRPOConfig(_BaseConfig):
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
         if self.advantage_clip <= 0:
             raise ValueError(f"advantage_clip={self.advantage_clip}: expected a positive number.")
+        if self.ema_update_after and not self.ema_decay:
+            raise ValueError(f"ema_update_after={self.ema_update_after} has no effect without ema_decay.")
         if self.ema_decay and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: expected a number between 0 and 1.")
         if self.steps_per_generation % self.gradient_accumulation_steps:
@@ -384,6 +393,9 @@ class FlowGRPOConfig(_BaseConfig):
                 )
             if not all(math.isfinite(level) and level >= 0 for level in levels):
                 raise ValueError(f"noise_level={self.noise_level}: expected numbers of 0 or more.")
+
+    def _is_default(self, name: str) -> bool:
+        return getattr(self, name) == self.__dataclass_fields__[name].default
 
     @classmethod
     def from_config(cls, config: "FlowGRPOConfig") -> "FlowGRPOConfig":

@@ -108,6 +108,13 @@ class FlowGRPOFastConfig(FlowGRPOConfig):
         for name in ("sde_window_size", "sde_window_interval", "sde_window_stride"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
+        if self.sde_window_schedule in ("random", "frozen"):
+            for name in ("sde_window_interval", "sde_window_stride"):
+                if not self._is_default(name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} has no effect with sde_window_schedule={self.sde_window_schedule!r}: it "
+                        "is about windows that move on. Leave it unset."
+                    )
         if self.sde_window_range is None:
             self.sde_window_range = self.default_window_range()
         limits = self.sde_window_range

@@ -71,6 +71,6 @@ class ForwardProcessConfig(FlowGRPOConfig):
         for name, only in self._only().items():
             if getattr(self, name) != only:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r}: the rollouts of this method are deterministic, and only their samples "
-                    f"are trained on. Leave it at {only!r}."
+                    f"{name}={getattr(self, name)!r} has no part in this method: its rollouts are deterministic, and it trains "
+                    f"on their samples, noised afresh. Leave it at {only!r}."
                 )

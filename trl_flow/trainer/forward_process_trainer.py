@@ -43,12 +43,7 @@ class ForwardProcessTrainer(FlowGRPOTrainer):
         return forward_plan(self.args.num_inference_steps, self.num_generations, sde_steps)
 
     def trained(self, advantages, mask, keys):
-        # A sample without a score, or in a group of equals, has no say.
-        return mask & random_steps(mask, self.args.timestep_fraction, self.args.seed, keys)
-
-    def _log_update(self, logged, norms, steps):
-        logged = {name: values for name, values in logged.items() if any(len(value) for value in values)}
-        super()._log_update(logged, norms, steps)
+        return random_steps(mask, self.args.timestep_fraction, self.args.seed, keys)
 
     def _resolve_noise_levels(self):
         return [0.0] * self.args.num_inference_steps
@@ -56,10 +51,6 @@ class ForwardProcessTrainer(FlowGRPOTrainer):
     def _chunks(self, inputs):
         shape = inputs["nodes"].shape[2:]
         for chunk in super()._chunks(inputs):
-            if not len(chunk.row):
-                # The one chunk of a micro-batch in which no sample has a say: nothing is learned from it.
-                yield chunk
-                continue
             groups, _, members = (index.tolist() for index in chunk.members)
             noise = {
                 group: seeded_noise(
@@ -74,7 +65,7 @@ class ForwardProcessTrainer(FlowGRPOTrainer):
             }
             noise = torch.stack([noise[group][member] for group, member in zip(groups, members, strict=True)])
             noise = noise.to(chunk.latents.device)
-            clean = chunk.next_latents
+            clean = self.policy.clean(chunk.next_latents)
             yield dataclasses.replace(
                 chunk,
                 latents=(1 - chunk.sigma) * clean + chunk.sigma * noise,
