@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from observing import logged, randomize, standardized
 from pipelines import brightness, redness
 from transformers import TrainerCallback
 
@@ -174,18 +175,6 @@ def set_weights(trainer, values):
         parameter.copy_(value)
 
 
-def randomize(trainer):
-    """An adapter that already does something: LoRA starts with zeros, at which half of the gradients vanish."""
-    generator = torch.Generator().manual_seed(7)
-    for name, parameter in trainer.policy.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-
-
-def logged(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
 @functools.cache
 def encoded(pipeline, prompt):
     with torch.no_grad():
@@ -250,11 +239,6 @@ def transitions(trainer, rollout):
                     part["advantages"][b, s],
                     part["trained"][b, s],
                 )
-
-
-def standardized(values, ddof=0, eps=1e-4):
-    values = np.asarray(values, dtype=np.float64)
-    return (values - values.mean()) / (values.std(ddof=ddof) + eps)
 
 
 def first_reward(rollout):

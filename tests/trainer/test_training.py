@@ -18,6 +18,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from observing import logged, randomize, standardized
 from pipelines import brightness, prompts, redness
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -60,18 +61,6 @@ class Gradients(TrainerCallback):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in named})
         self.weights.append({name: p.detach().clone() for name, p in named})
-
-
-def randomize(trainer):
-    """An adapter that already does something: LoRA starts with zeros, at which half of the gradients vanish."""
-    generator = torch.Generator().manual_seed(7)
-    for name, parameter in trainer.policy.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-
-
-def logged(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
 def by_order():
@@ -317,11 +306,6 @@ def tail(trainer, latents, way, prompt):
             trainer.policy.pipeline.vae.decode(latents / 1.5 + 0.06, return_dict=False)[0], output_type="pil"
         )
     return brightness(picture)[0]
-
-
-def standardized(values, ddof, eps):
-    values = np.array(values)
-    return (values - values.mean()) / (values.std(ddof=ddof) + eps)
 
 
 def test_advantages_of_dense_grpo(make_trainer):

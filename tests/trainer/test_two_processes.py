@@ -64,7 +64,7 @@ for name in methods:
 def train(folder: Path, processes: int):
     script = folder / "train.py"
     script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [*(launch if processes > 1 else [sys.executable]), str(script), str(folder / str(processes)), *METHODS]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
