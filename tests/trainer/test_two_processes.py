@@ -45,7 +45,7 @@ for name in methods:
     # The standard deviation is the group's, so that no process needs the others' rewards.
     config = getattr(trl_flow, name + "Config")(
         output_dir=f"{folder}/{name}", use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
-        max_steps=3, per_device_train_batch_size=4 // processes, learning_rate=3.0, optim="sgd", max_grad_norm=0.0,
+        max_steps=3, per_device_train_batch_size=4 // processes, learning_rate=1.0, optim="sgd", max_grad_norm=0.0,
         num_inference_steps=4, num_eval_inference_steps=3, num_generations=4, guidance_scale=1.0, max_sequence_length=2,
         beta=0.0, ema_decay=0, scale_rewards="group", eval_strategy="steps", eval_steps=1, **seeds, **lag, **balance,
     )
@@ -59,7 +59,7 @@ for name in methods:
     before = [p.detach().clone() for p in trainer._trainable]
     trainer.train()
     moved = max((p - q).abs().max().item() for p, q in zip(trainer._trainable, before))
-    assert moved > 1e-4, f"{name}: {moved}"
+    assert moved > 5e-5, f"{name}: {moved}"
     trainer.accelerator.wait_for_everyone()
 """
 
