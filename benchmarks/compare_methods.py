@@ -15,7 +15,7 @@
 
 """Which method learns most from the same cost? All of them on the shapes world, at equal budgets and on several seeds.
 
-    python benchmarks/compare_methods.py                       # everything: about an hour on two cores
+    python benchmarks/compare_methods.py                       # everything: an hour and a half on two cores
     python benchmarks/compare_methods.py --only dense-grpo g2rpo --seeds 1
     python benchmarks/compare_methods.py --draw                # the tables and pictures again, from the JSON
 
@@ -47,6 +47,8 @@ import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
+
+from trl_flow.report.history import paired_difference
 
 
 COMMON = {
@@ -255,12 +257,8 @@ def paired(directory: Path, step: int, names) -> dict:
     )
     result = {}
     for name in names:
-        changes = [b - a for a, b in zip(before[name], after[name], strict=True)]
-        result[name] = {
-            "before": statistics.mean(before[name]),
-            "rise": statistics.mean(changes),
-            "half_interval": 1.96 * statistics.stdev(changes) / len(changes) ** 0.5,
-        }
+        rise, half_interval, _ = paired_difference(before[name], after[name])
+        result[name] = {"before": statistics.mean(before[name]), "rise": rise, "half_interval": half_interval}
     return result
 
 

@@ -33,6 +33,8 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from trl_flow.report.history import paired_difference
+
 
 SCORES = ("shapes", "shapes_strict", "shapes_partial")
 
@@ -43,12 +45,12 @@ def paired(run: Path) -> dict:
     result = {}
     for name in SCORES:
         before, after = records[0][name], records[-1][name]
-        differences = [a - b for a, b in zip(after, before, strict=True)]
+        rise, half_interval, _ = paired_difference(before, after)
         result[name] = {
             "before": statistics.mean(before),
             "after": statistics.mean(after),
-            "rise": statistics.mean(differences),
-            "half_interval": 1.96 * statistics.stdev(differences) / len(differences) ** 0.5,
+            "rise": rise,
+            "half_interval": half_interval,
         }
     return result
 

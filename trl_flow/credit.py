@@ -81,7 +81,7 @@ def value_after(values: torch.Tensor) -> torch.Tensor:
 
 def turning_points(values: torch.Tensor, balance: bool = True) -> torch.Tensor:
     """
-    Rewards of the steps of a window with turning points (TP-GRPO section 4).
+    Rewards of the steps of a window with turning points (TP-GRPO, after its published code).
 
     With R_i the reward of the tail after i stochastic steps (R_0: none), d_i = R_i - R_{i-1} and the window's whole
     change D = R_W - R_0, a step goes with the trend where d_i D > 0. It is a turning point if it does, the step before
@@ -123,7 +123,7 @@ def _largest(values: torch.Tensor, mask: torch.Tensor, size: int) -> torch.Tenso
 
 def reward_to_go(similarity: torch.Tensor, window: int) -> torch.Tensor:
     """
-    Share of the outcome that lies in a step and those after it, by latent similarity (CoCA).
+    Share of the outcome that lies in a step and those after it, by latent similarity (CoCA, after its published code).
 
     With y_i the clean estimate at index i and y_T the clean latent, c_i = cos(y_i, y_T). Step i takes the estimate from
     y_i to y_{i+1}. Over blocks of `window` steps the mean of c_{i+1} rises by some amount from the block before (from

@@ -60,7 +60,8 @@ def guarded_ratio(log_ratio: torch.Tensor, divergence: torch.Tensor, std: float)
 
 def step_divergence(mean: torch.Tensor, old_mean: torch.Tensor, std: float) -> torch.Tensor:
     """
-    KL divergence of two Gaussian steps of one standard deviation, averaged over the latent's elements.
+    KL divergence of two Gaussian steps of one standard deviation, averaged over the latent's elements (Flow-DPPO
+    eq. 14 has their sum, its code the mean).
 
     Args:
         mean, old_mean (`torch.Tensor` of shape `(n, *latent)`).
@@ -76,7 +77,7 @@ def masked_loss(
     advantages: torch.Tensor, ratio: torch.Tensor, divergence: torch.Tensor, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Flow-DPPO's objective, negated: the ratio is not clipped; a transition is left out where the new policy is further
+    Flow-DPPO's objective (eq. 18), negated: the ratio is not clipped; a transition is left out where the new policy is further
     than `threshold` from the old one and still moves away from it, up with a positive advantage or down with a negative.
 
     Args:
@@ -101,7 +102,7 @@ def contrastive_loss(
     advantage_clip: float,
 ) -> torch.Tensor:
     """
-    DiffusionNFT's objective (eq. 5): pull the policy towards what is better than the group, push it from what is worse.
+    DiffusionNFT's objective (eq. 5, as its code quotes it): pull the policy towards what is better than the group, push it from what is worse.
 
     With r = 1/2 + A / (2 c) in [0, 1], the implicit positive and negative policies v+ = b v + (1 - b) v_old and
     v- = (1 + b) v_old - b v are fitted to the same noised sample, with weights r and 1 - r. Each fit is the squared error

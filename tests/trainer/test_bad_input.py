@@ -18,50 +18,17 @@ import json
 
 import pytest
 from datasets import Dataset
+from methods import ALL, AWM, B2, COCA, DANCE, DENSE, FAST, FLOW, G2, MIX, NFT, TEMP, TURNING
 from peft import LoraConfig
 from pipelines import brightness, prompts, tiny_sd3
 
 from trl_flow import (
-    AWMConfig,
     AWMTrainer,
-    B2DiffuRLConfig,
-    B2DiffuRLTrainer,
-    CoCAConfig,
-    CoCATrainer,
-    DanceGRPOConfig,
-    DanceGRPOTrainer,
-    DenseGRPOConfig,
-    DenseGRPOTrainer,
-    DiffusionNFTConfig,
-    DiffusionNFTTrainer,
     FlowGRPOConfig,
-    FlowGRPOFastConfig,
     FlowGRPOFastTrainer,
-    FlowGRPOTrainer,
-    G2RPOConfig,
-    G2RPOTrainer,
-    MixGRPOConfig,
-    MixGRPOTrainer,
-    TempFlowGRPOConfig,
     TempFlowGRPOTrainer,
-    TurningPointGRPOConfig,
     TurningPointGRPOTrainer,
 )
-
-
-FLOW = (FlowGRPOTrainer, FlowGRPOConfig)
-FAST = (FlowGRPOFastTrainer, FlowGRPOFastConfig)
-DANCE = (DanceGRPOTrainer, DanceGRPOConfig)
-MIX = (MixGRPOTrainer, MixGRPOConfig)
-COCA = (CoCATrainer, CoCAConfig)
-TEMP = (TempFlowGRPOTrainer, TempFlowGRPOConfig)
-TURNING = (TurningPointGRPOTrainer, TurningPointGRPOConfig)
-DENSE = (DenseGRPOTrainer, DenseGRPOConfig)
-G2 = (G2RPOTrainer, G2RPOConfig)
-NFT = (DiffusionNFTTrainer, DiffusionNFTConfig)
-AWM = (AWMTrainer, AWMConfig)
-B2 = (B2DiffuRLTrainer, B2DiffuRLConfig)
-ALL = (FLOW, FAST, DANCE, MIX, COCA, TEMP, TURNING, DENSE, G2, NFT, AWM, B2)
 
 
 def refused(make_trainer, method, message, **arguments):

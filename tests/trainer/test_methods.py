@@ -26,50 +26,23 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from methods import AWM, B2, COCA, DANCE, DENSE, FAST, FLOW, G2, MIX, NFT, TEMP, TURNING
 from observing import logged, randomize, standardized
 from pipelines import brightness, redness
 from transformers import TrainerCallback
 
 from trl_flow import (
     AWMConfig,
-    AWMTrainer,
     B2DiffuRLConfig,
-    B2DiffuRLTrainer,
     CoCAConfig,
-    CoCATrainer,
     DanceGRPOConfig,
-    DanceGRPOTrainer,
-    DenseGRPOConfig,
-    DenseGRPOTrainer,
     DiffusionNFTConfig,
-    DiffusionNFTTrainer,
     FlowGRPOConfig,
     FlowGRPOFastConfig,
-    FlowGRPOFastTrainer,
-    FlowGRPOTrainer,
-    G2RPOConfig,
-    G2RPOTrainer,
     MixGRPOConfig,
-    MixGRPOTrainer,
     TempFlowGRPOConfig,
-    TempFlowGRPOTrainer,
     TurningPointGRPOConfig,
-    TurningPointGRPOTrainer,
 )
-
-
-FLOW = (FlowGRPOTrainer, FlowGRPOConfig)
-FAST = (FlowGRPOFastTrainer, FlowGRPOFastConfig)
-DANCE = (DanceGRPOTrainer, DanceGRPOConfig)
-MIX = (MixGRPOTrainer, MixGRPOConfig)
-COCA = (CoCATrainer, CoCAConfig)
-TEMP = (TempFlowGRPOTrainer, TempFlowGRPOConfig)
-TURNING = (TurningPointGRPOTrainer, TurningPointGRPOConfig)
-DENSE = (DenseGRPOTrainer, DenseGRPOConfig)
-G2 = (G2RPOTrainer, G2RPOConfig)
-NFT = (DiffusionNFTTrainer, DiffusionNFTConfig)
-AWM = (AWMTrainer, AWMConfig)
-B2 = (B2DiffuRLTrainer, B2DiffuRLConfig)
 
 
 # ---- What is recorded, and the transformer by itself ----

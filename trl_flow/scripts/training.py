@@ -16,9 +16,7 @@
 
 import dataclasses
 import json
-import math
 import shlex
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +302,8 @@ def paired_intervals(output_dir: str, last_step: int | None = None) -> dict[str,
     Pictures are paired: every evaluation starts from the same prompts and noise, so that what differs between prompts
     cancels out.
     """
+    from ..report.history import paired_difference
+
     files = sorted(Path(output_dir, "samples").glob("step_*.json"))
     if last_step is not None:
         files = [file for file in files if int(file.stem.removeprefix("step_")) <= last_step]
@@ -314,10 +314,8 @@ def paired_intervals(output_dir: str, last_step: int | None = None) -> dict[str,
         return {}
     intervals = {}
     for name in first["scores"].keys() & last["scores"].keys():
-        pairs = zip(first["scores"][name], last["scores"][name], strict=True)
-        changes = [after - before for before, after in pairs if before is not None and after is not None]
-        if len(changes) > 1:
-            intervals[name] = 1.96 * statistics.stdev(changes) / math.sqrt(len(changes))
+        if (found := paired_difference(first["scores"][name], last["scores"][name])) is not None:
+            intervals[name] = found[1]
     return intervals
 
 

@@ -331,7 +331,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         else:
             epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
             losses, clipped = clipped_loss(advantages, ratio, args.epsilon, epsilon_high)
-        return losses, {"ratio": ratio, "clip": clipped.float()}
+        return losses, {"ratio": ratio, "clip_ratio": clipped.float()}
 
     def on_policy(self, micro_batch: int) -> bool:
         """Whether a micro-batch of a rollout is trained by the policy that sampled it."""

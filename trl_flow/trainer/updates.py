@@ -123,16 +123,14 @@ class UpdateMixin:
         for name, values in logged.items():
             values = torch.cat(values)
             if name == "ratio":
-                metrics["ratio/min"].append(values.min().item())
-                metrics["ratio/max"].append(values.max().item())
-            metrics[_LOGGED_AS.get(name, name)].append(values.mean().item())
+                for of in ("mean", "min", "max"):
+                    metrics[f"ratio/{of}"].append(getattr(values, of)().item())
+            else:
+                metrics[name].append(values.mean().item())
         total = sum(norm.item() for norm in norms.values())
         for step in steps:
             share = norms[step].item() / total if step in norms and total > 0 else 0.0
             metrics[f"grad_share/step_{step}"].append(share)
-
-
-_LOGGED_AS = {"ratio": "ratio/mean", "clip": "clip_ratio"}
 
 
 def _note(noted: dict | None, shape: torch.Size, chunk: TransitionChunk, statistics: dict) -> dict[str, torch.Tensor]:
