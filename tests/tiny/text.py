@@ -29,6 +29,10 @@ from transformers import (
     CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
+    GemmaConfig,
+    GemmaModel,
+    GlmConfig,
+    GlmModel,
     LlamaConfig,
     LlamaForCausalLM,
     Mistral3Config,
@@ -45,8 +49,15 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
     T5Config,
     T5EncoderModel,
+    T5GemmaConfig,
+    T5GemmaModel,
     T5TokenizerFast,
     UMT5Config,
     UMT5EncoderModel,
@@ -305,3 +316,92 @@ def byt5() -> tuple[ByT5Tokenizer, T5EncoderModel]:
     """Embeddings of 16 numbers, one token a byte."""
     tokenizer = ByT5Tokenizer()
     return tokenizer, T5EncoderModel(T5Config(**_t5_config(tokenizer))).eval()
+
+
+def glm() -> tuple[PreTrainedTokenizerFast, GlmModel]:
+    """Embeddings of 16 numbers."""
+    tokenizer = words(
+        ("<|endoftext|>", "[gMASK]", "<sop>"), pad_token="<|endoftext|>", bos_token="[gMASK]", padding_side="left"
+    )
+    config = GlmConfig(**DECODER, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=0, bos_token_id=1)
+    return tokenizer, GlmModel(config).eval()
+
+
+def _gemma_tokenizer(padding_side: str) -> tuple[PreTrainedTokenizerFast, dict]:
+    tokenizer = words(
+        ("<pad>", "<eos>", "<bos>"),
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        padding_side=padding_side,
+        model_max_length=32,
+    )
+    return tokenizer, {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+
+
+def gemma() -> tuple[PreTrainedTokenizerFast, GemmaModel]:
+    """Embeddings of 16 numbers. The tokenizer stands in for GemmaTokenizerFast."""
+    tokenizer, ids = _gemma_tokenizer(padding_side="left")
+    return tokenizer, GemmaModel(GemmaConfig(**(DECODER | ids))).eval()
+
+
+def t5gemma() -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    """Embeddings of 16 numbers: the encoder alone. The tokenizer stands in for GemmaTokenizerFast."""
+    tokenizer, ids = _gemma_tokenizer(padding_side="right")
+    half = DECODER | ids | {"query_pre_attn_scalar": 8}
+    config = T5GemmaConfig(encoder=half, decoder=half | {"cross_attention_hidden_size": 16}, dropout_rate=0.0)
+    return tokenizer, T5GemmaModel(config).encoder.eval()
+
+
+def smollm3(**kwargs) -> tuple[PreTrainedTokenizerFast, SmolLM3ForCausalLM]:
+    """Embeddings of 8 numbers: BRIA's FIBO gives an empty prompt the token 128000, hence so large a vocabulary."""
+    tokenizer = words(
+        ("<|end_of_text|>", "<|begin_of_text|>"), pad_token="<|end_of_text|>", bos_token="<|begin_of_text|>"
+    )
+    ids = {"vocab_size": 128001, "pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 1}
+    config = DECODER | ids | {"hidden_size": 8, "head_dim": 4} | kwargs
+    return tokenizer, SmolLM3ForCausalLM(SmolLM3Config(**config)).eval()
+
+
+class Qwen3VLProcessorWithoutVideos(Qwen3VLProcessor):
+    """The processor of videos needs torchvision, which the tests do without."""
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        return type(None) if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+
+def qwen3_vl(
+    num_hidden_layers: int = 2,
+) -> tuple[PreTrainedTokenizerFast, Qwen3VLProcessor, Qwen3VLForConditionalGeneration]:
+    """Tokenizer, processor of text and pictures (as many as 4 tokens each), embeddings of 16 numbers."""
+    tokenizer = qwen_tokenizer()
+    image, video, start, end = tokenizer.convert_tokens_to_ids(
+        ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    )
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [2, 1, 1]}
+    text = DECODER | _qwen_ids(tokenizer) | {"num_hidden_layers": num_hidden_layers, "rope_parameters": rope}
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+            "initializer_range": 0.3,
+        },
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    pictures = Qwen2VLImageProcessorPil(
+        patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 32 * 32}
+    )
+    processor = Qwen3VLProcessorWithoutVideos(pictures, tokenizer, None, chat_template=CHAT)
+    return tokenizer, processor, Qwen3VLForConditionalGeneration(config).eval()
