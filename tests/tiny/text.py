@@ -14,8 +14,8 @@
 
 """Tokenizers and text encoders of diffusers pipelines with random weights: one function for each kind of encoder.
 
-Every function returns the tokenizer (or processor) and the encoder. They know a few words and read all others as one unknown
-word. Weights are drawn so that other words give visibly other embeddings.
+Every function returns the tokenizer (or processor) and the encoder. They know a few words and read all others as one
+unknown word. Weights are drawn so that other words give visibly other embeddings.
 """
 
 import re
@@ -24,9 +24,11 @@ from pipelines import tiny_text_config, tiny_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     ByT5Tokenizer,
+    CLIPImageProcessorPil,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
     Gemma2Config,
     Gemma2Model,
     GemmaConfig,
@@ -35,6 +37,8 @@ from transformers import (
     GlmModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
@@ -101,7 +105,7 @@ def words(
     padding_side: str = "right",
     **kwargs,
 ) -> PreTrainedTokenizerFast:
-    """One token a word, run of punctuation marks and line's end, so that templates have as many tokens as the pipelines think.
+    """One token a word, run of punctuation marks and line's end: templates have as many tokens as the pipelines think.
 
     `bos_token` starts every text; `eos_token` ends none.
     """
@@ -208,7 +212,7 @@ class Qwen2VLProcessorWithoutVideos(Qwen2VLProcessor):
 
 
 def qwen2_5_vl() -> tuple[PreTrainedTokenizerFast, Qwen2VLProcessor, Qwen2_5_VLForConditionalGeneration]:
-    """Tokenizer, processor of text and pictures (4 tokens each, of 28 x 28 pixels if it's square), embeddings of 16 numbers."""
+    """Tokenizer, processor of text and pictures (4 tokens a picture, scaled to 28 x 28), embeddings of 16 numbers."""
     tokenizer = qwen_tokenizer()
     image, video, start, end = tokenizer.convert_tokens_to_ids(
         ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
@@ -292,7 +296,7 @@ def gemma2(**kwargs) -> tuple[PreTrainedTokenizerFast, Gemma2Model]:
 
 
 def llama(**kwargs) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
-    """Embeddings of 16 numbers. The tokenizer has the special tokens of Llama 3 and, like it, no padding token of its own."""
+    """Embeddings of 16 numbers. The tokenizer has special tokens of Llama 3, among them none just for padding."""
     tokenizer = words(
         ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
         pad_token="<|eot_id|>",
@@ -405,3 +409,22 @@ def qwen3_vl(
     )
     processor = Qwen3VLProcessorWithoutVideos(pictures, tokenizer, None, chat_template=CHAT)
     return tokenizer, processor, Qwen3VLForConditionalGeneration(config).eval()
+
+
+def llava() -> tuple[PreTrainedTokenizerFast, CLIPImageProcessorPil, LlavaForConditionalGeneration]:
+    """Tokenizer, image processor, and HunyuanVideo's encoder of text and of a picture in its 576 tokens."""
+    special = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<image>", "<pad>")
+    tokenizer = words(special, pad_token="<pad>", bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+    image, pad = tokenizer.convert_tokens_to_ids(["<image>", "<pad>"])
+    language = LlamaConfig(**(DECODER | {"vocab_size": len(tokenizer), "pad_token_id": pad, "num_hidden_layers": 3}))
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=48,
+        patch_size=2,
+    )
+    config = LlavaConfig(text_config=language, vision_config=vision, image_token_index=image, pad_token_id=pad)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+    return tokenizer, processor, LlavaForConditionalGeneration(config).eval()

@@ -27,19 +27,36 @@ from diffusers import (
     ClassifierFreeGuidance,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanSkyreelsImageToVideoPipeline,
+    HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
+    HunyuanVideoFramepackPipeline,
+    HunyuanVideoFramepackTransformer3DModel,
+    HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    LTXConditionPipeline,
+    LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
+    WanVideoToVideoPipeline,
 )
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from . import text
 from .waking import wake
@@ -49,6 +66,11 @@ def picture(height: int = 16, width: int = 32) -> Image.Image:
     """A picture whose every pixel differs from its neighbours'."""
     values = np.arange(height * width * 3).reshape(height, width, 3) * 37 % 256
     return Image.fromarray(values.astype(np.uint8))
+
+
+def clip(num_frames: int) -> list[Image.Image]:
+    """As many frames as a video has."""
+    return [picture()] * num_frames
 
 
 def without_ftfy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -89,22 +111,21 @@ def wan_2_2_vae() -> AutoencoderKLWan:
     ).eval()
 
 
+WAN_TRANSFORMER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
+
+
 def wan_transformer(**config) -> WanTransformer3DModel:
-    transformer = WanTransformer3DModel(
-        **{
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 16,
-            "freq_dim": 32,
-            "ffn_dim": 32,
-            "num_layers": 2,
-            "rope_max_seq_len": 32,
-        }
-        | config
-    )
-    return wake(transformer)
+    return wake(WanTransformer3DModel(**(WAN_TRANSFORMER | config)))
 
 
 def wan_scheduler(flow_shift: float) -> UniPCMultistepScheduler:
@@ -141,6 +162,16 @@ def clip_vision() -> dict:
     }
 
 
+def siglip() -> dict:
+    config = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    return {
+        "image_encoder": SiglipVisionModel(config).eval(),
+        "feature_extractor": SiglipImageProcessorPil(size={"height": 8, "width": 8}),
+    }
+
+
 def wan() -> WanPipeline:
     """Wan 2.1."""
     return WanPipeline(transformer=wan_transformer(), **wan_components())
@@ -164,6 +195,16 @@ def wan_image_to_video() -> WanImageToVideoPipeline:
     transformer = wan_transformer(in_channels=12, image_dim=16, added_kv_proj_dim=24)
     pipeline = WanImageToVideoPipeline(transformer=transformer, **clip_vision(), **wan_components())
     return without_ftfy(pipeline)
+
+
+def wan_video_to_video() -> WanVideoToVideoPipeline:
+    return without_ftfy(WanVideoToVideoPipeline(transformer=wan_transformer(), **wan_components()))
+
+
+def wan_vace() -> WanVACEPipeline:
+    """Wan 2.1 VACE: latents of what to change and of what to keep, and a mask of 8 x 8 pixels for each latent."""
+    transformer = WanVACETransformer3DModel(**WAN_TRANSFORMER, vace_layers=[0], vace_in_channels=2 * 4 + 64)
+    return without_ftfy(WanVACEPipeline(transformer=wake(transformer), **wan_components()))
 
 
 # LTX
@@ -214,6 +255,15 @@ def ltx() -> LTXPipeline:
     return LTXPipeline(**ltx_components())
 
 
+def ltx_image_to_video() -> LTXImageToVideoPipeline:
+    return LTXImageToVideoPipeline(**ltx_components())
+
+
+def ltx_condition() -> LTXConditionPipeline:
+    """LTX-Video 0.9.5 and later: pictures at any frame, and a schedule that needs no shift."""
+    return LTXConditionPipeline(**ltx_components() | {"scheduler": FlowMatchEulerDiscreteScheduler()})
+
+
 # HunyuanVideo
 
 
@@ -223,24 +273,23 @@ def hunyuan_video_vae() -> AutoencoderKLHunyuanVideo:
     ).eval()
 
 
+HUNYUAN_VIDEO_TRANSFORMER = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 10,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "mlp_ratio": 2.0,
+    "text_embed_dim": 16,
+    "pooled_projection_dim": 16,
+    "rope_axes_dim": (2, 4, 4),
+}
+
+
 def hunyuan_video_transformer(**config) -> HunyuanVideoTransformer3DModel:
-    transformer = HunyuanVideoTransformer3DModel(
-        **{
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 2,
-            "attention_head_dim": 10,
-            "num_layers": 1,
-            "num_single_layers": 1,
-            "num_refiner_layers": 1,
-            "mlp_ratio": 2.0,
-            "text_embed_dim": 16,
-            "pooled_projection_dim": 16,
-            "rope_axes_dim": (2, 4, 4),
-        }
-        | config
-    )
-    return wake(transformer)
+    return wake(HunyuanVideoTransformer3DModel(**(HUNYUAN_VIDEO_TRANSFORMER | config)))
 
 
 def hunyuan_video_components() -> dict:
@@ -258,6 +307,31 @@ def hunyuan_video_components() -> dict:
 
 def hunyuan_video() -> HunyuanVideoPipeline:
     return HunyuanVideoPipeline(transformer=hunyuan_video_transformer(), **hunyuan_video_components())
+
+
+def hunyuan_video_image_to_video(**config) -> HunyuanVideoImageToVideoPipeline:
+    """The first frame's latents in the place of the noise's, and the picture among the prompt's tokens."""
+    tokenizer, image_processor, text_encoder = text.llava()
+    components = {"tokenizer": tokenizer, "text_encoder": text_encoder, "image_processor": image_processor}
+    transformer = hunyuan_video_transformer(**({"image_condition_type": "token_replace"} | config))
+    return HunyuanVideoImageToVideoPipeline(transformer=transformer, **(hunyuan_video_components() | components))
+
+
+def hunyuan_video_image_to_video_33_channels() -> HunyuanVideoImageToVideoPipeline:
+    """The first frame's latents, and a mask, as further channels."""
+    return hunyuan_video_image_to_video(in_channels=9, image_condition_type="latent_concat", guidance_embeds=False)
+
+
+def hunyuan_skyreels() -> HunyuanSkyreelsImageToVideoPipeline:
+    transformer = hunyuan_video_transformer(in_channels=8)
+    return HunyuanSkyreelsImageToVideoPipeline(transformer=transformer, **hunyuan_video_components())
+
+
+def framepack() -> HunyuanVideoFramepackPipeline:
+    transformer = HunyuanVideoFramepackTransformer3DModel(
+        **HUNYUAN_VIDEO_TRANSFORMER, has_image_proj=True, image_proj_dim=16, has_clean_x_embedder=True
+    )
+    return HunyuanVideoFramepackPipeline(transformer=wake(transformer), **siglip(), **hunyuan_video_components())
 
 
 # HunyuanVideo 1.5
@@ -320,6 +394,11 @@ def hunyuan_video_15() -> HunyuanVideo15Pipeline:
     return shortened(HunyuanVideo15Pipeline(transformer=transformer, **hunyuan_video_15_components()))
 
 
+def hunyuan_video_15_image_to_video() -> HunyuanVideo15ImageToVideoPipeline:
+    components = hunyuan_video_15_components() | siglip()
+    return shortened(HunyuanVideo15ImageToVideoPipeline(transformer=hunyuan_video_15_transformer(), **components))
+
+
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "WanPipeline": wan,
     "WanPipeline/2.2": wan_2_2,
@@ -328,19 +407,41 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "LTXPipeline": ltx,
     "HunyuanVideoPipeline": hunyuan_video,
     "HunyuanVideo15Pipeline": hunyuan_video_15,
+    "WanVideoToVideoPipeline": wan_video_to_video,
+    "WanVACEPipeline": wan_vace,
+    "LTXImageToVideoPipeline": ltx_image_to_video,
+    "LTXConditionPipeline": ltx_condition,
+    "HunyuanVideoImageToVideoPipeline": hunyuan_video_image_to_video,
+    "HunyuanVideoImageToVideoPipeline/33ch": hunyuan_video_image_to_video_33_channels,
+    "HunyuanSkyreelsImageToVideoPipeline": hunyuan_skyreels,
+    "HunyuanVideoFramepackPipeline": framepack,
+    "HunyuanVideo15ImageToVideoPipeline": hunyuan_video_15_image_to_video,
 }
 
 SMALL = {"height": 16, "width": 32, "num_frames": 5}
 WAN = SMALL | {"guidance_scale": 5.0, "max_sequence_length": 16}
+LTX = {"height": 32, "width": 64, "num_frames": 9, "guidance_scale": 3.0, "max_sequence_length": 16}
+HUNYUAN_VIDEO = SMALL | {"guidance_scale": 6.0, "max_sequence_length": 16}
 
 ARGUMENTS: dict[str, dict] = {
     "WanPipeline": WAN,
     "WanPipeline/2.2": WAN | {"guidance_scale": 4.0, "guidance_scale_2": 3.0},
     "WanPipeline/5b": WAN | {"height": 32, "width": 64},
     "WanImageToVideoPipeline": WAN | {"image": picture()},
-    "LTXPipeline": {"height": 32, "width": 64, "num_frames": 9, "guidance_scale": 3.0, "max_sequence_length": 16},
-    "HunyuanVideoPipeline": SMALL | {"guidance_scale": 6.0, "max_sequence_length": 16},
+    "LTXPipeline": LTX,
+    "HunyuanVideoPipeline": HUNYUAN_VIDEO,
     "HunyuanVideo15Pipeline": {"height": 32, "width": 64, "num_frames": 5},
+    "WanVideoToVideoPipeline": {key: WAN[key] for key in WAN if key != "num_frames"} | {"video": clip(5)},
+    "WanVACEPipeline": WAN | {"video": clip(5), "mask": clip(5)},
+    "LTXImageToVideoPipeline": LTX | {"image": picture()},
+    "LTXConditionPipeline": LTX | {"image": picture()},
+    "HunyuanVideoImageToVideoPipeline": HUNYUAN_VIDEO | {"image": picture()},
+    "HunyuanVideoImageToVideoPipeline/33ch": HUNYUAN_VIDEO
+    | {"num_frames": 9, "image": picture(), "negative_prompt": "bad quality", "true_cfg_scale": 3.0},
+    "HunyuanSkyreelsImageToVideoPipeline": SMALL
+    | {"image": picture(), "negative_prompt": "bad quality", "true_cfg_scale": 6.0, "max_sequence_length": 16},
+    "HunyuanVideoFramepackPipeline": HUNYUAN_VIDEO | {"num_frames": 9, "latent_window_size": 3, "image": picture()},
+    "HunyuanVideo15ImageToVideoPipeline": {"image": picture(), "num_frames": 5},
 }
 
 NOT_BUILT: dict[str, str] = {}
