@@ -24,7 +24,7 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 
 @torch.no_grad()
 def wake(module: Module, scale: float = 0.1) -> Module:
-    """Gives every parameter that is constant (gates and last layers at 0, norms at 1) small normal noise on top, in place.
+    """Adds small normal noise to every constant parameter (gates and last layers at 0, norms at 1), in place.
 
     A network that starts as the identity, or as zero, would hide whether a policy passes latents, time and prompt on.
     """
