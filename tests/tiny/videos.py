@@ -16,16 +16,30 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTXVideo,
+    AutoencoderKLMagvit,
+    AutoencoderKLMochi,
     AutoencoderKLWan,
+    ChronoEditPipeline,
+    ChronoEditTransformer3DModel,
     ClassifierFreeGuidance,
+    Cosmos2_5_PredictBasePipeline,
+    Cosmos2TextToImagePipeline,
+    Cosmos2VideoToWorldPipeline,
+    CosmosTransformer3DModel,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EasyAnimateInpaintPipeline,
+    EasyAnimatePipeline,
+    EasyAnimateTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     HunyuanSkyreelsImageToVideoPipeline,
     HunyuanVideo15ImageToVideoPipeline,
@@ -36,10 +50,27 @@ from diffusers import (
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    Kandinsky5I2IPipeline,
+    Kandinsky5I2VPipeline,
+    Kandinsky5T2IPipeline,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
     LTXConditionPipeline,
     LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    LucyEditPipeline,
+    MochiPipeline,
+    MochiTransformer3DModel,
+    SanaImageToVideoPipeline,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
+    SkyReelsV2DiffusionForcingImageToVideoPipeline,
+    SkyReelsV2DiffusionForcingPipeline,
+    SkyReelsV2DiffusionForcingVideoToVideoPipeline,
+    SkyReelsV2ImageToVideoPipeline,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -53,12 +84,15 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
-from . import text
+from . import autoencoders, text
 from .waking import wake
 
 
@@ -71,6 +105,17 @@ def picture(height: int = 16, width: int = 32) -> Image.Image:
 def clip(num_frames: int) -> list[Image.Image]:
     """As many frames as a video has."""
     return [picture()] * num_frames
+
+
+def tensor_video() -> torch.Tensor:
+    """`clip(5)` as a tensor of shape `(1, 3, 5, 16, 32)` between 0 and 1."""
+    frame = torch.from_numpy(np.array(picture())).permute(2, 0, 1) / 255
+    return frame[None, :, None].repeat(1, 1, 5, 1, 1)
+
+
+def tensor_mask() -> torch.Tensor:
+    """The right half, of shape `(1, 1, 5, 16, 32)`."""
+    return (torch.arange(32) >= 16).float().expand(1, 1, 5, 16, 32)
 
 
 def without_ftfy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -399,6 +444,299 @@ def hunyuan_video_15_image_to_video() -> HunyuanVideo15ImageToVideoPipeline:
     return shortened(HunyuanVideo15ImageToVideoPipeline(transformer=hunyuan_video_15_transformer(), **components))
 
 
+# Relatives of Wan: SkyReels V2, Lucy Edit, ChronoEdit
+
+
+def skyreels_transformer(**config) -> SkyReelsV2Transformer3DModel:
+    return wake(SkyReelsV2Transformer3DModel(**(WAN_TRANSFORMER | config)))
+
+
+def skyreels() -> SkyReelsV2Pipeline:
+    return without_ftfy(SkyReelsV2Pipeline(transformer=skyreels_transformer(), **wan_components(flow_shift=8.0)))
+
+
+def skyreels_image_to_video() -> SkyReelsV2ImageToVideoPipeline:
+    transformer = skyreels_transformer(in_channels=12, image_dim=16, added_kv_proj_dim=24)
+    components = clip_vision() | wan_components(flow_shift=5.0)
+    return without_ftfy(SkyReelsV2ImageToVideoPipeline(transformer=transformer, **components))
+
+
+def skyreels_diffusion_forcing(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
+    """Every latent frame has a timestep and a copy of the scheduler of its own.
+
+    The smallest checkpoint also injects the frame rate (`inject_sample_info`), which works for one prompt only.
+    """
+    return without_ftfy(pipeline(transformer=skyreels_transformer(), **wan_components(flow_shift=8.0)))
+
+
+def lucy_edit() -> LucyEditPipeline:
+    """Wan 2.2 5B with the edited video's latents as further channels."""
+    components = wan_components(flow_shift=5.0) | {"vae": wan_2_2_vae()}
+    pipeline = LucyEditPipeline(transformer=wan_transformer(in_channels=8), expand_timesteps=True, **components)
+    return without_ftfy(pipeline)
+
+
+def chronoedit() -> ChronoEditPipeline:
+    """Editing as a video from the picture to the edited picture."""
+    config = {"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 24}
+    transformer = wake(ChronoEditTransformer3DModel(**(WAN_TRANSFORMER | config)))
+    components = clip_vision() | wan_components(flow_shift=5.0)
+    return without_ftfy(ChronoEditPipeline(transformer=transformer, **components))
+
+
+# Mochi
+
+
+def mochi() -> MochiPipeline:
+    tokenizer, text_encoder = text.t5()
+    transformer = MochiTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=12,
+        text_embed_dim=16,
+        time_embed_dim=8,
+    )
+    # Its group norms have 32 groups whatever the width.
+    vae = AutoencoderKLMochi(
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+    )
+    return MochiPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        transformer=wake(transformer),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+    )
+
+
+# SANA-Video
+
+
+def sana_video_components() -> dict:
+    tokenizer, text_encoder = text.gemma2()
+    transformer = SanaVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=16,
+        rope_max_seq_len=32,
+    )
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoder,
+        "transformer": wake(transformer),
+        "vae": wan_vae(),
+    }
+
+
+def sana_video() -> SanaVideoPipeline:
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0, beta_start=0.0001, beta_end=0.02
+    )
+    return without_ftfy(SanaVideoPipeline(scheduler=scheduler, **sana_video_components()))
+
+
+def sana_image_to_video() -> SanaImageToVideoPipeline:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=8.0)
+    return without_ftfy(SanaImageToVideoPipeline(scheduler=scheduler, **sana_video_components()))
+
+
+# Cosmos
+
+
+class Unguarded:
+    """Stands in for the Cosmos guardrail, which is a package and several models of its own."""
+
+    def to(self, *args, **kwargs):
+        return self
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: np.ndarray) -> np.ndarray:
+        return video
+
+
+def without_torchvision() -> None:
+    """The transformer resizes its mask with torchvision, which the tests do without; nearest neighbours are the same."""
+
+    def resize(mask: torch.Tensor, size: list[int], interpolation: str) -> torch.Tensor:
+        return torch.nn.functional.interpolate(mask, size, mode=interpolation)
+
+    transforms = SimpleNamespace(
+        functional=SimpleNamespace(resize=resize), InterpolationMode=SimpleNamespace(NEAREST="nearest")
+    )
+    sys.modules[CosmosTransformer3DModel.__module__].__dict__.setdefault("transforms", transforms)
+
+
+def cosmos_transformer(**config) -> CosmosTransformer3DModel:
+    without_torchvision()
+    transformer = CosmosTransformer3DModel(
+        **{
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "num_layers": 2,
+            "mlp_ratio": 2.0,
+            "text_embed_dim": 16,
+            "adaln_lora_dim": 4,
+            "max_size": (4, 32, 32),
+            "rope_scale": (1.0, 4.0, 4.0),
+            "extra_pos_embed_type": None,
+        }
+        | config
+    )
+    return wake(transformer)
+
+
+def cosmos_components() -> dict:
+    tokenizer, text_encoder = text.t5()
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoder,
+        "vae": wan_vae(),
+        "safety_checker": Unguarded(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+    }
+
+
+def cosmos_2_text_to_image() -> Cosmos2TextToImagePipeline:
+    """Cosmos Predict 2: a flow model, sampled at EDM's noise levels from 80 to 0.002."""
+    return Cosmos2TextToImagePipeline(transformer=cosmos_transformer(), **cosmos_components())
+
+
+def cosmos_2_video_to_world() -> Cosmos2VideoToWorldPipeline:
+    return Cosmos2VideoToWorldPipeline(transformer=cosmos_transformer(in_channels=5), **cosmos_components())
+
+
+def cosmos_2_5_predict() -> Cosmos2_5_PredictBasePipeline:
+    """Cosmos Predict 2.5: all layers of Qwen2.5-VL, projected."""
+    tokenizer, _, text_encoder = text.qwen2_5_vl()
+    transformer = cosmos_transformer(
+        in_channels=5, use_crossattn_projection=True, crossattn_proj_in_channels=32, encoder_hidden_states_channels=16
+    )
+    components = {
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoder,
+        "scheduler": UniPCMultistepScheduler(
+            use_karras_sigmas=True,
+            use_flow_sigmas=True,
+            prediction_type="flow_prediction",
+            sigma_max=200.0,
+            sigma_min=0.01,
+        ),
+    }
+    return Cosmos2_5_PredictBasePipeline(transformer=transformer, **(cosmos_components() | components))
+
+
+# Kandinsky 5
+
+
+def kandinsky_transformer(**config) -> Kandinsky5Transformer3DModel:
+    transformer = Kandinsky5Transformer3DModel(
+        **{
+            "in_visual_dim": 4,
+            "out_visual_dim": 4,
+            "in_text_dim": 16,
+            "in_text_dim2": 16,
+            "time_dim": 16,
+            "model_dim": 24,
+            "ff_dim": 32,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 2,
+            "axes_dims": (4, 4, 4),
+            "visual_cond": True,
+        }
+        | config
+    )
+    return wake(transformer)
+
+
+def kandinsky_components(shift: float) -> dict:
+    _, processor, text_encoder = text.qwen2_5_vl()
+    tokenizer_2, text_encoder_2 = text.clip(max_length=77)
+    return {
+        "tokenizer": processor,
+        "text_encoder": text_encoder,
+        "tokenizer_2": tokenizer_2,
+        "text_encoder_2": text_encoder_2,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=shift),
+    }
+
+
+def kandinsky_video(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
+    """Latents are channels last, with further channels for known frames and their mask."""
+    return pipeline(transformer=kandinsky_transformer(), vae=hunyuan_video_vae(), **kandinsky_components(5.0))
+
+
+def kandinsky_image(pipeline: type[DiffusionPipeline], **config) -> DiffusionPipeline:
+    vae = autoencoders.kl(block_out_channels=(4, 4, 4, 4))
+    pipeline = pipeline(transformer=kandinsky_transformer(**config), vae=vae, **kandinsky_components(3.0))
+    # It rounds every size to one of its own ones, which have a megapixel.
+    pipeline.resolutions = [(32, 16)]
+    # Qwen's own tokenizer makes 54 tokens of the template of editing, not 49.
+    pipeline.prompt_template_encode_start_idx = min(pipeline.prompt_template_encode_start_idx, 49)
+    return pipeline
+
+
+# EasyAnimate
+
+
+def qwen2_vl() -> tuple[PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration]:
+    tokenizer = text.qwen_tokenizer()
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "initializer_range": 0.3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+        },
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2},
+    )
+    return tokenizer, Qwen2VLForConditionalGeneration(config).eval()
+
+
+def easyanimate(pipeline: type[DiffusionPipeline], in_channels: int = 4, **config) -> DiffusionPipeline:
+    tokenizer, text_encoder = qwen2_vl()
+    transformer = EasyAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=in_channels,
+        out_channels=4,
+        patch_size=2,
+        num_layers=2,
+        mmdit_layers=1,
+        time_embed_dim=8,
+        add_norm_text_encoder=True,
+        text_embed_dim=16,
+        **config,
+    )
+    vae = AutoencoderKLMagvit(
+        latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
+    )
+    return pipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        transformer=wake(transformer),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+
+
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "WanPipeline": wan,
     "WanPipeline/2.2": wan_2_2,
@@ -416,12 +754,47 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "HunyuanSkyreelsImageToVideoPipeline": hunyuan_skyreels,
     "HunyuanVideoFramepackPipeline": framepack,
     "HunyuanVideo15ImageToVideoPipeline": hunyuan_video_15_image_to_video,
+    "SkyReelsV2Pipeline": skyreels,
+    "SkyReelsV2ImageToVideoPipeline": skyreels_image_to_video,
+    "SkyReelsV2DiffusionForcingPipeline": partial(skyreels_diffusion_forcing, SkyReelsV2DiffusionForcingPipeline),
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": partial(
+        skyreels_diffusion_forcing, SkyReelsV2DiffusionForcingImageToVideoPipeline
+    ),
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": partial(
+        skyreels_diffusion_forcing, SkyReelsV2DiffusionForcingVideoToVideoPipeline
+    ),
+    "LucyEditPipeline": lucy_edit,
+    "ChronoEditPipeline": chronoedit,
+    "MochiPipeline": mochi,
+    "SanaVideoPipeline": sana_video,
+    "SanaImageToVideoPipeline": sana_image_to_video,
+    "Cosmos2TextToImagePipeline": cosmos_2_text_to_image,
+    "Cosmos2VideoToWorldPipeline": cosmos_2_video_to_world,
+    "Cosmos2_5_PredictBasePipeline": cosmos_2_5_predict,
+    "Kandinsky5T2VPipeline": partial(kandinsky_video, Kandinsky5T2VPipeline),
+    "Kandinsky5I2VPipeline": partial(kandinsky_video, Kandinsky5I2VPipeline),
+    "Kandinsky5T2IPipeline": partial(kandinsky_image, Kandinsky5T2IPipeline, visual_cond=False),
+    "Kandinsky5I2IPipeline": partial(kandinsky_image, Kandinsky5I2IPipeline),
+    "EasyAnimatePipeline": partial(easyanimate, EasyAnimatePipeline),
+    "EasyAnimateInpaintPipeline": partial(
+        easyanimate, EasyAnimateInpaintPipeline, in_channels=12, resize_inpaint_mask_directly=False
+    ),
 }
 
 SMALL = {"height": 16, "width": 32, "num_frames": 5}
 WAN = SMALL | {"guidance_scale": 5.0, "max_sequence_length": 16}
 LTX = {"height": 32, "width": 64, "num_frames": 9, "guidance_scale": 3.0, "max_sequence_length": 16}
 HUNYUAN_VIDEO = SMALL | {"guidance_scale": 6.0, "max_sequence_length": 16}
+SANA_VIDEO = {
+    "height": 32,
+    "width": 64,
+    "frames": 5,
+    "guidance_scale": 6.0,
+    "max_sequence_length": 16,
+    "use_resolution_binning": False,
+}
+KANDINSKY = {"height": 16, "width": 32, "guidance_scale": 5.0, "max_sequence_length": 48}
+EASYANIMATE = SMALL | {"guidance_scale": 5.0, "negative_prompt": "bad quality"}
 
 ARGUMENTS: dict[str, dict] = {
     "WanPipeline": WAN,
@@ -442,6 +815,35 @@ ARGUMENTS: dict[str, dict] = {
     | {"image": picture(), "negative_prompt": "bad quality", "true_cfg_scale": 6.0, "max_sequence_length": 16},
     "HunyuanVideoFramepackPipeline": HUNYUAN_VIDEO | {"num_frames": 9, "latent_window_size": 3, "image": picture()},
     "HunyuanVideo15ImageToVideoPipeline": {"image": picture(), "num_frames": 5},
+    "SkyReelsV2Pipeline": WAN,
+    "SkyReelsV2ImageToVideoPipeline": WAN | {"image": picture()},
+    "SkyReelsV2DiffusionForcingPipeline": WAN,
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": WAN | {"image": picture()},
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": WAN
+    | {"num_frames": 9, "base_num_frames": 9, "overlap_history": 5, "video": clip(5)},
+    "LucyEditPipeline": WAN | {"height": 32, "width": 64, "video": [picture(32, 64)] * 5},
+    "ChronoEditPipeline": WAN | {"image": picture()},
+    "MochiPipeline": SMALL | {"num_frames": 7, "guidance_scale": 4.5, "max_sequence_length": 16},
+    "SanaVideoPipeline": SANA_VIDEO,
+    "SanaImageToVideoPipeline": SANA_VIDEO | {"image": picture()},
+    "Cosmos2TextToImagePipeline": {"height": 16, "width": 32, "guidance_scale": 7.0, "max_sequence_length": 16},
+    "Cosmos2VideoToWorldPipeline": SMALL | {"guidance_scale": 7.0, "max_sequence_length": 16, "image": picture()},
+    "Cosmos2_5_PredictBasePipeline": SMALL | {"guidance_scale": 7.0, "max_sequence_length": 48},
+    "Kandinsky5T2VPipeline": KANDINSKY | {"num_frames": 5},
+    # At the end it scales the first four latent frames to the fifth's and later ones' mean and deviation.
+    "Kandinsky5I2VPipeline": KANDINSKY | {"num_frames": 21, "image": picture()},
+    "Kandinsky5T2IPipeline": KANDINSKY | {"guidance_scale": 3.5},
+    "Kandinsky5I2IPipeline": KANDINSKY | {"guidance_scale": 3.5, "image": picture(112, 224)},
+    "EasyAnimatePipeline": EASYANIMATE,
+    # A list of prompts needs a list of negative ones.
+    "EasyAnimateInpaintPipeline": EASYANIMATE | {"video": tensor_video(), "mask_video": tensor_mask()},
 }
 
-NOT_BUILT: dict[str, str] = {}
+NOT_BUILT: dict[str, str] = {
+    "AllegroPipeline": "not a flow model: it predicts noise",
+    "CogVideoXPipeline": "not a flow model: it predicts v of a diffusion",
+    "CosmosTextToWorldPipeline": "not a flow model: EDM's preconditioned diffusion",
+    "CosmosVideoToWorldPipeline": "not a flow model: EDM's preconditioned diffusion",
+    "EasyAnimateControlPipeline": "its call passes `text_encoder_index`, which its `encode_prompt` does not take "
+    "(diffusers 0.42.1)",
+}
