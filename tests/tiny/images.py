@@ -17,14 +17,25 @@
 from collections.abc import Callable
 
 from diffusers import (
+    ChromaImg2ImgPipeline,
+    ChromaInpaintPipeline,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinInpaintPipeline,
+    Flux2KleinKVPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxControlImg2ImgPipeline,
+    FluxControlInpaintPipeline,
+    FluxControlPipeline,
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -32,14 +43,25 @@ from diffusers import (
     HiDreamImageTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    QwenImageEditInpaintPipeline,
     QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
+    QwenImageLayeredPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
+    SanaSprintImg2ImgPipeline,
     SanaSprintPipeline,
     SanaTransformer2DModel,
     SCMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
     UniPCMultistepScheduler,
+    ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -53,10 +75,21 @@ from .waking import wake
 SIZE = {"height": 8, "width": 8}
 
 
-def picture(height: int = 16, width: int = 16) -> Image.Image:
+def picture(height: int = 8, width: int = 8) -> Image.Image:
     """Red grows to the right, green downwards."""
     red, green = Image.linear_gradient("L").rotate(90), Image.linear_gradient("L")
     return Image.merge("RGB", (red, green, Image.new("L", red.size, 64))).resize((width, height))
+
+
+def mask(height: int = 8, width: int = 8) -> Image.Image:
+    """White, which is to be painted, in the right half."""
+    picture = Image.new("L", (width, height), 0)
+    picture.paste(255, (width // 2, 0, width, height))
+    return picture
+
+
+def without(components: dict, *names: str) -> dict:
+    return {name: component for name, component in components.items() if name not in names}
 
 
 def flow_scheduler(**kwargs) -> FlowMatchEulerDiscreteScheduler:
@@ -102,18 +135,15 @@ def flux_components(**transformer) -> dict:
     }
 
 
-def flux() -> FluxPipeline:
-    return FluxPipeline(**flux_components())
+def flux_like(cls: type[DiffusionPipeline], **transformer) -> Callable[[], DiffusionPipeline]:
+    """A pipeline that has FLUX.1-dev's components, but for the channels of its transformer."""
+    return lambda: cls(**flux_components(**transformer))
 
 
 def flux_schnell() -> FluxPipeline:
     """Distilled to few steps: no guidance, and a schedule without shift."""
     scheduler = flow_scheduler(shift=1.0, use_dynamic_shifting=False)
     return FluxPipeline(**(flux_components(guidance_embeds=False) | {"scheduler": scheduler}))
-
-
-def flux_kontext() -> FluxKontextPipeline:
-    return FluxKontextPipeline(**flux_components())
 
 
 def chroma_components() -> dict:
@@ -139,8 +169,29 @@ def chroma_components() -> dict:
     }
 
 
-def chroma() -> ChromaPipeline:
-    return ChromaPipeline(**chroma_components())
+def chroma_like(cls: type[DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
+    return lambda: cls(**chroma_components())
+
+
+def chroma_inpaint() -> ChromaInpaintPipeline:
+    """It asks for a setting of the transformer that only a checkpoint's file may have."""
+    components = chroma_components()
+    components["transformer"].register_to_config(guidance_embeds=False)
+    return ChromaInpaintPipeline(**components)
+
+
+def sd3_inpaint() -> StableDiffusion3InpaintPipeline:
+    """It takes latents of 16 channels only."""
+    components = tiny_sd3().components
+    config = dict(components["transformer"].config) | {"in_channels": 16, "out_channels": 16}
+    transformer = SD3Transformer2DModel.from_config(config)
+    return StableDiffusion3InpaintPipeline(
+        **(components | {"transformer": transformer, "vae": autoencoders.kl(latent_channels=16)})
+    )
+
+
+def sd3_like(cls: type[DiffusionPipeline], **kwargs) -> Callable[[], DiffusionPipeline]:
+    return lambda: cls(**without(tiny_sd3().components, "image_encoder", "feature_extractor"), **kwargs)
 
 
 # The pipelines that edit scale every picture to a million pixels: 32 of them a latent number keep it small.
@@ -149,10 +200,11 @@ MEGAPIXEL = {"levels": 5, "num_res_blocks": 0}
 
 def qwen_image_components(vae: dict | None = None, **kwargs) -> dict:
     """`vae` has arguments of the autoencoder, the others are of the transformer."""
+    vae = autoencoders.kl_qwen_image(**(vae or {}))
     tokenizer, processor, text_encoder = text.qwen2_5_vl()
     transformer = QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
+        in_channels=4 * vae.config.z_dim,
+        out_channels=vae.config.z_dim,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
@@ -162,24 +214,28 @@ def qwen_image_components(vae: dict | None = None, **kwargs) -> dict:
     )
     return {
         "scheduler": flow_scheduler(shift=1.0, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
-        "vae": autoencoders.kl_qwen_image(**(vae or {})),
+        "vae": vae,
         "text_encoder": text_encoder,
         "tokenizer": tokenizer,
         "processor": processor,
-        "transformer": wake(transformer),
+        "transformer": wake(transformer, gain=1.7),
     }
 
 
-def without(components: dict, *names: str) -> dict:
-    return {name: component for name, component in components.items() if name not in names}
+def qwen_image_like(cls: type[DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
+    return lambda: cls(**without(qwen_image_components(), "processor"))
 
 
-def qwen_image() -> QwenImagePipeline:
-    return QwenImagePipeline(**without(qwen_image_components(), "processor"))
+def qwen_image_edit_like(
+    cls: type[DiffusionPipeline], vae: dict = MEGAPIXEL, **transformer
+) -> Callable[[], DiffusionPipeline]:
+    return lambda: cls(**qwen_image_components(vae, **transformer))
 
 
-def qwen_image_edit() -> QwenImageEditPipeline:
-    return QwenImageEditPipeline(**qwen_image_components(MEGAPIXEL))
+def qwen_image_layered() -> QwenImageLayeredPipeline:
+    """Pictures have a fourth channel, opacity. (It takes what has as many channels as latents for latents.)"""
+    vae = MEGAPIXEL | {"base_dim": 4, "input_channels": 4, "z_dim": 8}
+    return QwenImageLayeredPipeline(**qwen_image_components(vae, use_additional_t_cond=True, use_layer3d_rope=True))
 
 
 def flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
@@ -194,7 +250,7 @@ def flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
         axes_dims_rope=(2, 2, 2, 2),
         guidance_embeds=guidance_embeds,
     )
-    return wake(transformer)
+    return wake(transformer, gain=1.7)
 
 
 def flux2() -> Flux2Pipeline:
@@ -221,9 +277,9 @@ def flux2_klein_components() -> dict:
     }
 
 
-def flux2_klein() -> Flux2KleinPipeline:
-    """The base model, which takes guidance, and not the one distilled to few steps."""
-    return Flux2KleinPipeline(**flux2_klein_components(), is_distilled=False)
+def flux2_klein_like(cls: type[DiffusionPipeline], is_distilled: bool = False) -> Callable[[], DiffusionPipeline]:
+    """The base model, which takes guidance, if it is not `is_distilled`."""
+    return lambda: cls(**flux2_klein_components(), is_distilled=is_distilled)
 
 
 def z_image_components() -> dict:
@@ -248,9 +304,9 @@ def z_image_components() -> dict:
     }
 
 
-def z_image() -> ZImagePipeline:
+def z_image_like(cls: type[DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
     """Z-Image, which takes guidance, and not Z-Image-Turbo (shift 3, no guidance)."""
-    return ZImagePipeline(**z_image_components())
+    return lambda: cls(**z_image_components())
 
 
 def sana_components(**kwargs) -> dict:
@@ -288,9 +344,9 @@ def sana_sprint_components() -> dict:
     return components | {"scheduler": SCMScheduler(prediction_type="trigflow", sigma_data=0.5)}
 
 
-def sana_sprint() -> SanaSprintPipeline:
+def sana_sprint_like(cls: type[DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
     """A consistency model on the arc from noise to data (TrigFlow)."""
-    return SanaSprintPipeline(**sana_sprint_components())
+    return lambda: cls(**sana_sprint_components())
 
 
 def lumina2() -> Lumina2Pipeline:
@@ -357,47 +413,123 @@ def hidream() -> HiDreamImagePipeline:
     return pipeline
 
 
+# FLUX's control pipelines join the control picture's latents to the noisy ones, and the filling one a masked
+# picture's and the mask (2 x 2 latents of 2 x 2 pixels each).
+CONTROL = {"in_channels": 32}
+FILL = {"in_channels": 16 + 16 + 16}
+
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
-    "FluxPipeline": flux,
+    "FluxPipeline": flux_like(FluxPipeline),
     "FluxPipeline/schnell": flux_schnell,
-    "FluxKontextPipeline": flux_kontext,
-    # The caller seeds the generator just before; these three seed it again, with the same number by default.
+    "FluxKontextPipeline": flux_like(FluxKontextPipeline),
+    "FluxKontextInpaintPipeline": flux_like(FluxKontextInpaintPipeline),
+    "FluxImg2ImgPipeline": flux_like(FluxImg2ImgPipeline),
+    "FluxInpaintPipeline": flux_like(FluxInpaintPipeline),
+    "FluxFillPipeline": flux_like(FluxFillPipeline, **FILL),
+    "FluxControlPipeline": flux_like(FluxControlPipeline, **CONTROL),
+    "FluxControlImg2ImgPipeline": flux_like(FluxControlImg2ImgPipeline, **CONTROL),
+    "FluxControlInpaintPipeline": flux_like(FluxControlInpaintPipeline, **CONTROL),
+    # These three, and what is made of them, seed the generator themselves, with 0.
     "StableDiffusion3Pipeline": tiny_sd3,
     "StableDiffusionPipeline": tiny_sd,
     "StableDiffusionXLPipeline": tiny_sdxl,
-    "ChromaPipeline": chroma,
-    "QwenImagePipeline": qwen_image,
-    "QwenImageEditPipeline": qwen_image_edit,
+    "StableDiffusion3Img2ImgPipeline": sd3_like(StableDiffusion3Img2ImgPipeline),
+    "StableDiffusion3InpaintPipeline": sd3_inpaint,
+    "ChromaPipeline": chroma_like(ChromaPipeline),
+    "ChromaImg2ImgPipeline": chroma_like(ChromaImg2ImgPipeline),
+    "ChromaInpaintPipeline": chroma_inpaint,
+    "QwenImagePipeline": qwen_image_like(QwenImagePipeline),
+    "QwenImageImg2ImgPipeline": qwen_image_like(QwenImageImg2ImgPipeline),
+    "QwenImageInpaintPipeline": qwen_image_like(QwenImageInpaintPipeline),
+    "QwenImageEditPipeline": qwen_image_edit_like(QwenImageEditPipeline),
+    "QwenImageEditInpaintPipeline": qwen_image_edit_like(QwenImageEditInpaintPipeline, MEGAPIXEL | {"base_dim": 4}),
+    "QwenImageEditPlusPipeline": qwen_image_edit_like(QwenImageEditPlusPipeline),
+    # Qwen-Image-Edit-2511 gives the pictures that it edits the time of clean ones.
+    "QwenImageEditPlusPipeline/2511": qwen_image_edit_like(QwenImageEditPlusPipeline, zero_cond_t=True),
+    "QwenImageLayeredPipeline": qwen_image_layered,
     "Flux2Pipeline": flux2,
-    "Flux2KleinPipeline": flux2_klein,
-    "ZImagePipeline": z_image,
+    "Flux2Pipeline/edit": flux2,
+    "Flux2KleinPipeline": flux2_klein_like(Flux2KleinPipeline),
+    "Flux2KleinPipeline/edit": flux2_klein_like(Flux2KleinPipeline),
+    "Flux2KleinPipeline/distilled": flux2_klein_like(Flux2KleinPipeline, is_distilled=True),
+    "Flux2KleinInpaintPipeline": flux2_klein_like(Flux2KleinInpaintPipeline),
+    "Flux2KleinKVPipeline": flux2_klein_like(Flux2KleinKVPipeline, is_distilled=True),
+    "ZImagePipeline": z_image_like(ZImagePipeline),
+    "ZImageImg2ImgPipeline": z_image_like(ZImageImg2ImgPipeline),
+    "ZImageInpaintPipeline": z_image_like(ZImageInpaintPipeline),
     "SanaPipeline": sana,
-    "SanaSprintPipeline": sana_sprint,
+    "SanaSprintPipeline": sana_sprint_like(SanaSprintPipeline),
+    "SanaSprintImg2ImgPipeline": sana_sprint_like(SanaSprintImg2ImgPipeline),
     "Lumina2Pipeline": lumina2,
     "HiDreamImagePipeline": hidream,
 }
 
-SANA = {"height": 32, "width": 32, "guidance_scale": 4.5, "use_resolution_binning": False}
+PICTURE = {"image": picture()}
+# Of two steps, 0.75 keeps both, of four three.
+FROM_PICTURE = PICTURE | {"strength": 0.75}
+INPAINT = FROM_PICTURE | {"mask_image": mask()}
+CONTROL_PICTURE = {"control_image": picture().rotate(90)}
+FLUX = SIZE | {"guidance_scale": 3.5}
+# Otherwise Kontext takes a size of a million pixels, and a picture of one of a list of such sizes.
+KONTEXT = SIZE | PICTURE | {"guidance_scale": 2.5, "max_area": 64, "_auto_resize": False}
+SD3 = SIZE | {"guidance_scale": 7.0}
+CHROMA = SIZE | {"negative_prompt": "low quality", "guidance_scale": 3.0}
 QWEN = SIZE | {"negative_prompt": " ", "true_cfg_scale": 4.0}
+QWEN_EDIT = QWEN | PICTURE | {"height": 128, "width": 128}
+FLUX2 = SIZE | {"guidance_scale": 4.0, "max_sequence_length": 48}
+# The smallest that they take.
+FLUX2_PICTURE = {"image": picture(64, 64)}
+Z_IMAGE = SIZE | {"guidance_scale": 4.0}
+SANA = {"height": 32, "width": 32, "guidance_scale": 4.5, "use_resolution_binning": False}
 
 ARGUMENTS: dict[str, dict] = {
-    "FluxPipeline": SIZE | {"guidance_scale": 3.5},
+    "FluxPipeline": FLUX,
     "FluxPipeline/schnell": SIZE | {"guidance_scale": 0.0, "max_sequence_length": 256},
-    # Otherwise it takes a size of a million pixels and a picture of one of a list of such sizes.
-    "FluxKontextPipeline": SIZE | {"image": picture(), "guidance_scale": 2.5, "max_area": 64, "_auto_resize": False},
-    "StableDiffusion3Pipeline": SIZE | {"guidance_scale": 7.0},
+    "FluxKontextPipeline": KONTEXT,
+    "FluxKontextInpaintPipeline": KONTEXT | INPAINT,
+    "FluxImg2ImgPipeline": FLUX | FROM_PICTURE,
+    "FluxInpaintPipeline": FLUX | INPAINT,
+    "FluxFillPipeline": SIZE | PICTURE | {"mask_image": mask(), "guidance_scale": 30.0},
+    "FluxControlPipeline": FLUX | CONTROL_PICTURE,
+    "FluxControlImg2ImgPipeline": FLUX | CONTROL_PICTURE | FROM_PICTURE,
+    "FluxControlInpaintPipeline": FLUX | CONTROL_PICTURE | INPAINT,
+    "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SIZE | {"guidance_scale": 7.5},
     "StableDiffusionXLPipeline": SIZE | {"guidance_scale": 5.0},
-    "ChromaPipeline": SIZE | {"negative_prompt": "low quality", "guidance_scale": 3.0},
+    "StableDiffusion3Img2ImgPipeline": SD3 | FROM_PICTURE,
+    "StableDiffusion3InpaintPipeline": SD3 | INPAINT,
+    "ChromaPipeline": CHROMA,
+    "ChromaImg2ImgPipeline": CHROMA | FROM_PICTURE,
+    "ChromaInpaintPipeline": CHROMA | INPAINT,
     "QwenImagePipeline": QWEN,
-    "QwenImageEditPipeline": QWEN | {"height": 128, "width": 128, "image": picture()},
-    "Flux2Pipeline": SIZE | {"guidance_scale": 4.0, "max_sequence_length": 48},
-    "Flux2KleinPipeline": SIZE | {"guidance_scale": 4.0, "max_sequence_length": 48},
-    "ZImagePipeline": SIZE | {"guidance_scale": 4.0},
+    "QwenImageImg2ImgPipeline": QWEN | FROM_PICTURE,
+    "QwenImageInpaintPipeline": QWEN | INPAINT,
+    # The editing pipelines that take one picture for each prompt in a list take one negative prompt for each, too.
+    "QwenImageEditPipeline": QWEN_EDIT,
+    "QwenImageEditInpaintPipeline": QWEN_EDIT | INPAINT,
+    "QwenImageEditPlusPipeline": QWEN_EDIT,
+    "QwenImageEditPlusPipeline/2511": QWEN_EDIT,
+    "QwenImageLayeredPipeline": {
+        "image": picture().convert("RGBA"),
+        "layers": 1,
+        "negative_prompt": " ",
+        "true_cfg_scale": 4.0,
+    },
+    "Flux2Pipeline": FLUX2,
+    "Flux2Pipeline/edit": FLUX2 | FLUX2_PICTURE,
+    "Flux2KleinPipeline": FLUX2,
+    "Flux2KleinPipeline/edit": FLUX2 | FLUX2_PICTURE,
+    "Flux2KleinPipeline/distilled": FLUX2 | {"guidance_scale": 1.0},
+    "Flux2KleinInpaintPipeline": FLUX2 | INPAINT,
+    "Flux2KleinKVPipeline": SIZE | FLUX2_PICTURE | {"max_sequence_length": 48},
+    "ZImagePipeline": Z_IMAGE,
+    "ZImageImg2ImgPipeline": Z_IMAGE | FROM_PICTURE,
+    "ZImageInpaintPipeline": Z_IMAGE | INPAINT,
     "SanaPipeline": SANA,
     # Any number of steps, and not only two.
     "SanaSprintPipeline": SANA | {"intermediate_timesteps": None},
-    "Lumina2Pipeline": {"height": 32, "width": 32} | {"guidance_scale": 4.0},
+    "SanaSprintImg2ImgPipeline": SANA | FROM_PICTURE | {"intermediate_timesteps": None},
+    "Lumina2Pipeline": {"height": 32, "width": 32, "guidance_scale": 4.0},
     "HiDreamImagePipeline": SIZE | {"guidance_scale": 5.0},
 }
 

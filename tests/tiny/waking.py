@@ -23,12 +23,16 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 @torch.no_grad()
-def wake(module: Module, scale: float = 0.1) -> Module:
+def wake(module: Module, scale: float = 0.1, gain: float = 1.0) -> Module:
     """Adds small normal noise to every constant parameter (gates and last layers at 0, norms at 1), in place.
+
+    `gain` multiplies every matrix: torch draws those of `Linear` such that they shrink what they get by about 1.7.
 
     A network that starts as the identity, or as zero, would hide whether a policy passes latents, time and prompt on.
     """
     for parameter in module.parameters():
         if parameter.is_floating_point() and parameter.numel() > 0 and (parameter == parameter.flatten()[0]).all():
             parameter.add_(scale * torch.randn_like(parameter))
+        elif parameter.ndim >= 2:
+            parameter.mul_(gain)
     return module.eval()
