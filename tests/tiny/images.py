@@ -14,6 +14,7 @@
 
 """Tiny pipelines of the image families: FLUX, FLUX.2, SD3, Qwen-Image, Chroma, Z-Image, Sana, Lumina, HiDream."""
 
+import inspect
 from collections.abc import Callable
 
 from diffusers import (
@@ -31,6 +32,10 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxControlImg2ImgPipeline,
     FluxControlInpaintPipeline,
+    FluxControlNetImg2ImgPipeline,
+    FluxControlNetInpaintPipeline,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
     FluxControlPipeline,
     FluxFillPipeline,
     FluxImg2ImgPipeline,
@@ -43,6 +48,9 @@ from diffusers import (
     HiDreamImageTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    QwenImageControlNetInpaintPipeline,
+    QwenImageControlNetModel,
+    QwenImageControlNetPipeline,
     QwenImageEditInpaintPipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
@@ -51,15 +59,26 @@ from diffusers import (
     QwenImageLayeredPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaControlNetModel,
+    SanaControlNetPipeline,
+    SanaPAGPipeline,
     SanaPipeline,
     SanaSprintImg2ImgPipeline,
     SanaSprintPipeline,
     SanaTransformer2DModel,
     SCMScheduler,
+    SD3ControlNetModel,
     SD3Transformer2DModel,
+    StableDiffusion3ControlNetInpaintingPipeline,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
+    StableDiffusion3PAGImg2ImgPipeline,
+    StableDiffusion3PAGPipeline,
     UniPCMultistepScheduler,
+    ZImageControlNetInpaintPipeline,
+    ZImageControlNetModel,
+    ZImageControlNetPipeline,
     ZImageImg2ImgPipeline,
     ZImageInpaintPipeline,
     ZImagePipeline,
@@ -105,20 +124,17 @@ def flow_scheduler(**kwargs) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(**(config | kwargs))
 
 
-def flux_transformer(in_channels: int = 16, out_channels: int = 16, guidance_embeds: bool = True):
-    transformer = FluxTransformer2DModel(
-        in_channels=in_channels,
-        out_channels=out_channels,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(2, 2, 4),
-        guidance_embeds=guidance_embeds,
-    )
-    return wake(transformer)
+FLUX_TRANSFORMER = {
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "pooled_projection_dim": 16,
+    "axes_dims_rope": (2, 2, 4),
+    "guidance_embeds": True,
+}
 
 
 def flux_components(**transformer) -> dict:
@@ -131,13 +147,17 @@ def flux_components(**transformer) -> dict:
         "tokenizer": tokenizer,
         "text_encoder_2": text_encoder_2,
         "tokenizer_2": tokenizer_2,
-        "transformer": flux_transformer(**transformer),
+        "transformer": wake(FluxTransformer2DModel(**(FLUX_TRANSFORMER | {"out_channels": 16} | transformer))),
     }
 
 
 def flux_like(cls: type[DiffusionPipeline], **transformer) -> Callable[[], DiffusionPipeline]:
     """A pipeline that has FLUX.1-dev's components, but for the channels of its transformer."""
     return lambda: cls(**flux_components(**transformer))
+
+
+def flux_controlnet_like(cls: type[DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
+    return lambda: cls(**flux_components(), controlnet=wake(FluxControlNetModel(**FLUX_TRANSFORMER)))
 
 
 def flux_schnell() -> FluxPipeline:
@@ -190,10 +210,30 @@ def sd3_inpaint() -> StableDiffusion3InpaintPipeline:
     )
 
 
+def sd3_controlnet_like(
+    cls: type[DiffusionPipeline], extra_conditioning_channels: int = 0
+) -> Callable[[], DiffusionPipeline]:
+    def build():
+        pipeline = tiny_sd3()
+        names = set(inspect.signature(SD3ControlNetModel).parameters)
+        config = {name: value for name, value in pipeline.transformer.config.items() if name in names}
+        config |= {"num_layers": 1, "extra_conditioning_channels": extra_conditioning_channels}
+        return cls(**pipeline.components, controlnet=wake(SD3ControlNetModel(**config)))
+
+    return build
+
+
 def sd3_like(cls: type[DiffusionPipeline], **kwargs) -> Callable[[], DiffusionPipeline]:
     return lambda: cls(**without(tiny_sd3().components, "image_encoder", "feature_extractor"), **kwargs)
 
 
+QWEN_TRANSFORMER = {
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "axes_dims_rope": (2, 2, 4),
+}
 # The pipelines that edit scale every picture to a million pixels: 32 of them a latent number keep it small.
 MEGAPIXEL = {"levels": 5, "num_res_blocks": 0}
 
@@ -203,14 +243,7 @@ def qwen_image_components(vae: dict | None = None, **kwargs) -> dict:
     vae = autoencoders.kl_qwen_image(**(vae or {}))
     tokenizer, processor, text_encoder = text.qwen2_5_vl()
     transformer = QwenImageTransformer2DModel(
-        in_channels=4 * vae.config.z_dim,
-        out_channels=vae.config.z_dim,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(2, 2, 4),
-        **kwargs,
+        **QWEN_TRANSFORMER, in_channels=4 * vae.config.z_dim, out_channels=vae.config.z_dim, **kwargs
     )
     return {
         "scheduler": flow_scheduler(shift=1.0, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
@@ -230,6 +263,18 @@ def qwen_image_edit_like(
     cls: type[DiffusionPipeline], vae: dict = MEGAPIXEL, **transformer
 ) -> Callable[[], DiffusionPipeline]:
     return lambda: cls(**qwen_image_components(vae, **transformer))
+
+
+def qwen_image_controlnet_like(
+    cls: type[DiffusionPipeline], extra_condition_channels: int = 0
+) -> Callable[[], DiffusionPipeline]:
+    def build():
+        controlnet = QwenImageControlNetModel(
+            **QWEN_TRANSFORMER, in_channels=16, out_channels=4, extra_condition_channels=extra_condition_channels
+        )
+        return cls(**without(qwen_image_components(), "processor"), controlnet=wake(controlnet, gain=1.7))
+
+    return build
 
 
 def qwen_image_layered() -> QwenImageLayeredPipeline:
@@ -282,15 +327,15 @@ def flux2_klein_like(cls: type[DiffusionPipeline], is_distilled: bool = False) -
     return lambda: cls(**flux2_klein_components(), is_distilled=is_distilled)
 
 
+Z_IMAGE_TRANSFORMER = {"dim": 16, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+
+
 def z_image_components() -> dict:
     tokenizer, text_encoder = text.qwen3()
     transformer = ZImageTransformer2DModel(
+        **Z_IMAGE_TRANSFORMER,
         in_channels=4,
-        dim=16,
-        n_layers=1,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
+        n_layers=2,
         cap_feat_dim=16,
         axes_dims=[4, 2, 2],
         axes_lens=[1024, 32, 32],
@@ -309,21 +354,38 @@ def z_image_like(cls: type[DiffusionPipeline]) -> Callable[[], DiffusionPipeline
     return lambda: cls(**z_image_components())
 
 
+def z_image_controlnet_like(cls: type[DiffusionPipeline], control_in_dim: int) -> Callable[[], DiffusionPipeline]:
+    """The pipeline has the controlnet share the embedders and refiners of the transformer."""
+
+    def build():
+        controlnet = ZImageControlNetModel(
+            **Z_IMAGE_TRANSFORMER,
+            control_layers_places=[0],
+            control_refiner_layers_places=[0],
+            control_in_dim=control_in_dim,
+            add_control_noise_refiner="control_noise_refiner",
+        )
+        return cls(**z_image_components(), controlnet=wake(controlnet))
+
+    return build
+
+
+SANA_TRANSFORMER = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 8,
+    "cross_attention_dim": 16,
+    "caption_channels": 16,
+    "sample_size": 4,
+}
+
+
 def sana_components(**kwargs) -> dict:
     tokenizer, text_encoder = text.gemma2()
-    transformer = SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=1,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=16,
-        sample_size=4,
-        **kwargs,
-    )
+    transformer = SanaTransformer2DModel(**SANA_TRANSFORMER, num_layers=2, **kwargs)
     return {
         "scheduler": DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
@@ -335,8 +397,13 @@ def sana_components(**kwargs) -> dict:
     }
 
 
-def sana() -> SanaPipeline:
-    return SanaPipeline(**sana_components())
+def sana_like(cls: type[DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
+    return lambda: cls(**sana_components())
+
+
+def sana_controlnet() -> SanaControlNetPipeline:
+    controlnet = wake(SanaControlNetModel(**SANA_TRANSFORMER, num_layers=1))
+    return SanaControlNetPipeline(**sana_components(), controlnet=controlnet)
 
 
 def sana_sprint_components() -> dict:
@@ -429,18 +496,29 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "FluxControlPipeline": flux_like(FluxControlPipeline, **CONTROL),
     "FluxControlImg2ImgPipeline": flux_like(FluxControlImg2ImgPipeline, **CONTROL),
     "FluxControlInpaintPipeline": flux_like(FluxControlInpaintPipeline, **CONTROL),
+    "FluxControlNetPipeline": flux_controlnet_like(FluxControlNetPipeline),
+    "FluxControlNetImg2ImgPipeline": flux_controlnet_like(FluxControlNetImg2ImgPipeline),
+    "FluxControlNetInpaintPipeline": flux_controlnet_like(FluxControlNetInpaintPipeline),
     # These three, and what is made of them, seed the generator themselves, with 0.
     "StableDiffusion3Pipeline": tiny_sd3,
     "StableDiffusionPipeline": tiny_sd,
     "StableDiffusionXLPipeline": tiny_sdxl,
     "StableDiffusion3Img2ImgPipeline": sd3_like(StableDiffusion3Img2ImgPipeline),
     "StableDiffusion3InpaintPipeline": sd3_inpaint,
+    "StableDiffusion3PAGPipeline": sd3_like(StableDiffusion3PAGPipeline),
+    "StableDiffusion3PAGImg2ImgPipeline": sd3_like(StableDiffusion3PAGImg2ImgPipeline),
+    "StableDiffusion3ControlNetPipeline": sd3_controlnet_like(StableDiffusion3ControlNetPipeline),
+    "StableDiffusion3ControlNetInpaintingPipeline": sd3_controlnet_like(
+        StableDiffusion3ControlNetInpaintingPipeline, extra_conditioning_channels=1
+    ),
     "ChromaPipeline": chroma_like(ChromaPipeline),
     "ChromaImg2ImgPipeline": chroma_like(ChromaImg2ImgPipeline),
     "ChromaInpaintPipeline": chroma_inpaint,
     "QwenImagePipeline": qwen_image_like(QwenImagePipeline),
     "QwenImageImg2ImgPipeline": qwen_image_like(QwenImageImg2ImgPipeline),
     "QwenImageInpaintPipeline": qwen_image_like(QwenImageInpaintPipeline),
+    "QwenImageControlNetPipeline": qwen_image_controlnet_like(QwenImageControlNetPipeline),
+    "QwenImageControlNetInpaintPipeline": qwen_image_controlnet_like(QwenImageControlNetInpaintPipeline, 4),
     "QwenImageEditPipeline": qwen_image_edit_like(QwenImageEditPipeline),
     "QwenImageEditInpaintPipeline": qwen_image_edit_like(QwenImageEditInpaintPipeline, MEGAPIXEL | {"base_dim": 4}),
     "QwenImageEditPlusPipeline": qwen_image_edit_like(QwenImageEditPlusPipeline),
@@ -457,7 +535,12 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "ZImagePipeline": z_image_like(ZImagePipeline),
     "ZImageImg2ImgPipeline": z_image_like(ZImageImg2ImgPipeline),
     "ZImageInpaintPipeline": z_image_like(ZImageInpaintPipeline),
-    "SanaPipeline": sana,
+    "ZImageControlNetPipeline": z_image_controlnet_like(ZImageControlNetPipeline, 4),
+    # Latents of the control picture, the mask, latents of the masked picture.
+    "ZImageControlNetInpaintPipeline": z_image_controlnet_like(ZImageControlNetInpaintPipeline, 4 + 1 + 4),
+    "SanaPipeline": sana_like(SanaPipeline),
+    "SanaPAGPipeline": sana_like(SanaPAGPipeline),
+    "SanaControlNetPipeline": sana_controlnet,
     "SanaSprintPipeline": sana_sprint_like(SanaSprintPipeline),
     "SanaSprintImg2ImgPipeline": sana_sprint_like(SanaSprintImg2ImgPipeline),
     "Lumina2Pipeline": lumina2,
@@ -493,17 +576,26 @@ ARGUMENTS: dict[str, dict] = {
     "FluxControlPipeline": FLUX | CONTROL_PICTURE,
     "FluxControlImg2ImgPipeline": FLUX | CONTROL_PICTURE | FROM_PICTURE,
     "FluxControlInpaintPipeline": FLUX | CONTROL_PICTURE | INPAINT,
+    "FluxControlNetPipeline": FLUX | CONTROL_PICTURE,
+    "FluxControlNetImg2ImgPipeline": FLUX | CONTROL_PICTURE | FROM_PICTURE,
+    "FluxControlNetInpaintPipeline": FLUX | CONTROL_PICTURE | INPAINT,
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SIZE | {"guidance_scale": 7.5},
     "StableDiffusionXLPipeline": SIZE | {"guidance_scale": 5.0},
     "StableDiffusion3Img2ImgPipeline": SD3 | FROM_PICTURE,
     "StableDiffusion3InpaintPipeline": SD3 | INPAINT,
+    "StableDiffusion3PAGPipeline": SD3,
+    "StableDiffusion3PAGImg2ImgPipeline": SD3 | FROM_PICTURE,
+    "StableDiffusion3ControlNetPipeline": SD3 | CONTROL_PICTURE,
+    "StableDiffusion3ControlNetInpaintingPipeline": SD3 | CONTROL_PICTURE | {"control_mask": mask()},
     "ChromaPipeline": CHROMA,
     "ChromaImg2ImgPipeline": CHROMA | FROM_PICTURE,
     "ChromaInpaintPipeline": CHROMA | INPAINT,
     "QwenImagePipeline": QWEN,
     "QwenImageImg2ImgPipeline": QWEN | FROM_PICTURE,
     "QwenImageInpaintPipeline": QWEN | INPAINT,
+    "QwenImageControlNetPipeline": QWEN | CONTROL_PICTURE,
+    "QwenImageControlNetInpaintPipeline": QWEN | CONTROL_PICTURE | {"control_mask": mask()},
     # The editing pipelines that take one picture for each prompt in a list take one negative prompt for each, too.
     "QwenImageEditPipeline": QWEN_EDIT,
     "QwenImageEditInpaintPipeline": QWEN_EDIT | INPAINT,
@@ -525,7 +617,11 @@ ARGUMENTS: dict[str, dict] = {
     "ZImagePipeline": Z_IMAGE,
     "ZImageImg2ImgPipeline": Z_IMAGE | FROM_PICTURE,
     "ZImageInpaintPipeline": Z_IMAGE | INPAINT,
+    "ZImageControlNetPipeline": Z_IMAGE | CONTROL_PICTURE,
+    "ZImageControlNetInpaintPipeline": Z_IMAGE | CONTROL_PICTURE | PICTURE | {"mask_image": mask()},
     "SanaPipeline": SANA,
+    "SanaPAGPipeline": SANA,
+    "SanaControlNetPipeline": SANA | CONTROL_PICTURE,
     # Any number of steps, and not only two.
     "SanaSprintPipeline": SANA | {"intermediate_timesteps": None},
     "SanaSprintImg2ImgPipeline": SANA | FROM_PICTURE | {"intermediate_timesteps": None},
