@@ -25,6 +25,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
     Flux2KleinInpaintPipeline,
     Flux2KleinKVPipeline,
     Flux2KleinPipeline,
@@ -81,11 +82,13 @@ from diffusers import (
     ZImageControlNetPipeline,
     ZImageImg2ImgPipeline,
     ZImageInpaintPipeline,
+    ZImageOmniPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from PIL import Image
 from pipelines import tiny_sd, tiny_sd3, tiny_sdxl
+from transformers import Siglip2ImageProcessorPil, Siglip2VisionConfig, Siglip2VisionModel
 
 from . import autoencoders, text
 from .waking import wake
@@ -152,7 +155,7 @@ def flux_components(**transformer) -> dict:
 
 
 def flux_like(cls: type[DiffusionPipeline], **transformer) -> Callable[[], DiffusionPipeline]:
-    """A pipeline that has FLUX.1-dev's components, but for the channels of its transformer."""
+    """FLUX.1-dev's components, but for arguments of the `transformer`."""
     return lambda: cls(**flux_components(**transformer))
 
 
@@ -330,7 +333,7 @@ def flux2_klein_like(cls: type[DiffusionPipeline], is_distilled: bool = False) -
 Z_IMAGE_TRANSFORMER = {"dim": 16, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
 
 
-def z_image_components() -> dict:
+def z_image_components(**kwargs) -> dict:
     tokenizer, text_encoder = text.qwen3()
     transformer = ZImageTransformer2DModel(
         **Z_IMAGE_TRANSFORMER,
@@ -339,6 +342,7 @@ def z_image_components() -> dict:
         cap_feat_dim=16,
         axes_dims=[4, 2, 2],
         axes_lens=[1024, 32, 32],
+        **kwargs,
     )
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
@@ -352,6 +356,25 @@ def z_image_components() -> dict:
 def z_image_like(cls: type[DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
     """Z-Image, which takes guidance, and not Z-Image-Turbo (shift 3, no guidance)."""
     return lambda: cls(**z_image_components())
+
+
+def z_image_turbo() -> ZImagePipeline:
+    """Distilled to few steps: no guidance."""
+    return ZImagePipeline(**(z_image_components() | {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}))
+
+
+def z_image_omni() -> ZImageOmniPipeline:
+    """The pipeline gives the autoencoder pictures in bfloat16, whatever the autoencoder's precision is."""
+    components = z_image_components(siglip_feat_dim=16)
+    components["vae"].bfloat16()
+    config = Siglip2VisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_patches=16, patch_size=16
+    )
+    return ZImageOmniPipeline(
+        **components,
+        siglip=Siglip2VisionModel(config).eval(),
+        siglip_processor=Siglip2ImageProcessorPil(patch_size=16, max_num_patches=16),
+    )
 
 
 def z_image_controlnet_like(cls: type[DiffusionPipeline], control_in_dim: int) -> Callable[[], DiffusionPipeline]:
@@ -441,8 +464,19 @@ def lumina2() -> Lumina2Pipeline:
     )
 
 
+def hidream_dev() -> HiDreamImagePipeline:
+    """Distilled to 28 steps, each of which noises its prediction of the picture anew: no guidance."""
+    pipeline = hidream()
+    pipeline.register_modules(scheduler=FlowMatchLCMScheduler(shift=6.0))
+    return pipeline
+
+
 def hidream() -> HiDreamImagePipeline:
-    """HiDream-I1-Full. The pipeline scales every size to the area of its default one."""
+    """HiDream-I1-Full. The pipeline scales every size to the area of its default one.
+
+    Its transformer gives other outputs in training mode (no picture's shape, no routing as in inference) unless
+    `force_inference_output` is set.
+    """
     tokenizer, text_encoder = text.clip(projection=True, max_length=128)
     tokenizer_2, text_encoder_2 = text.clip(projection=True, max_length=128)
     tokenizer_3, text_encoder_3 = text.t5()
@@ -533,6 +567,8 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "Flux2KleinInpaintPipeline": flux2_klein_like(Flux2KleinInpaintPipeline),
     "Flux2KleinKVPipeline": flux2_klein_like(Flux2KleinKVPipeline, is_distilled=True),
     "ZImagePipeline": z_image_like(ZImagePipeline),
+    "ZImagePipeline/turbo": z_image_turbo,
+    "ZImageOmniPipeline": z_image_omni,
     "ZImageImg2ImgPipeline": z_image_like(ZImageImg2ImgPipeline),
     "ZImageInpaintPipeline": z_image_like(ZImageInpaintPipeline),
     "ZImageControlNetPipeline": z_image_controlnet_like(ZImageControlNetPipeline, 4),
@@ -545,6 +581,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "SanaSprintImg2ImgPipeline": sana_sprint_like(SanaSprintImg2ImgPipeline),
     "Lumina2Pipeline": lumina2,
     "HiDreamImagePipeline": hidream,
+    "HiDreamImagePipeline/dev": hidream_dev,
 }
 
 PICTURE = {"image": picture()}
@@ -560,7 +597,7 @@ CHROMA = SIZE | {"negative_prompt": "low quality", "guidance_scale": 3.0}
 QWEN = SIZE | {"negative_prompt": " ", "true_cfg_scale": 4.0}
 QWEN_EDIT = QWEN | PICTURE | {"height": 128, "width": 128}
 FLUX2 = SIZE | {"guidance_scale": 4.0, "max_sequence_length": 48}
-# The smallest that they take.
+# The smallest that FLUX.2 takes.
 FLUX2_PICTURE = {"image": picture(64, 64)}
 Z_IMAGE = SIZE | {"guidance_scale": 4.0}
 SANA = {"height": 32, "width": 32, "guidance_scale": 4.5, "use_resolution_binning": False}
@@ -586,6 +623,8 @@ ARGUMENTS: dict[str, dict] = {
     "StableDiffusion3InpaintPipeline": SD3 | INPAINT,
     "StableDiffusion3PAGPipeline": SD3,
     "StableDiffusion3PAGImg2ImgPipeline": SD3 | FROM_PICTURE,
+    # The pipelines that say `control_mask`, and SD3's other one, draw the control picture's latents from torch's own
+    # generator: a result is the same only after the same `torch.manual_seed`.
     "StableDiffusion3ControlNetPipeline": SD3 | CONTROL_PICTURE,
     "StableDiffusion3ControlNetInpaintingPipeline": SD3 | CONTROL_PICTURE | {"control_mask": mask()},
     "ChromaPipeline": CHROMA,
@@ -596,7 +635,7 @@ ARGUMENTS: dict[str, dict] = {
     "QwenImageInpaintPipeline": QWEN | INPAINT,
     "QwenImageControlNetPipeline": QWEN | CONTROL_PICTURE,
     "QwenImageControlNetInpaintPipeline": QWEN | CONTROL_PICTURE | {"control_mask": mask()},
-    # The editing pipelines that take one picture for each prompt in a list take one negative prompt for each, too.
+    # For a list of prompts, the first two take a picture and a negative prompt for each; the others take no such list.
     "QwenImageEditPipeline": QWEN_EDIT,
     "QwenImageEditInpaintPipeline": QWEN_EDIT | INPAINT,
     "QwenImageEditPlusPipeline": QWEN_EDIT,
@@ -615,6 +654,8 @@ ARGUMENTS: dict[str, dict] = {
     "Flux2KleinInpaintPipeline": FLUX2 | INPAINT,
     "Flux2KleinKVPipeline": SIZE | FLUX2_PICTURE | {"max_sequence_length": 48},
     "ZImagePipeline": Z_IMAGE,
+    "ZImagePipeline/turbo": SIZE | {"guidance_scale": 0.0},
+    "ZImageOmniPipeline": Z_IMAGE | {"image": [picture(64, 64)]},
     "ZImageImg2ImgPipeline": Z_IMAGE | FROM_PICTURE,
     "ZImageInpaintPipeline": Z_IMAGE | INPAINT,
     "ZImageControlNetPipeline": Z_IMAGE | CONTROL_PICTURE,
@@ -627,6 +668,9 @@ ARGUMENTS: dict[str, dict] = {
     "SanaSprintImg2ImgPipeline": SANA | FROM_PICTURE | {"intermediate_timesteps": None},
     "Lumina2Pipeline": {"height": 32, "width": 32, "guidance_scale": 4.0},
     "HiDreamImagePipeline": SIZE | {"guidance_scale": 5.0},
+    "HiDreamImagePipeline/dev": SIZE | {"guidance_scale": 0.0},
 }
 
-NOT_BUILT: dict[str, str] = {}
+NOT_BUILT: dict[str, str] = {
+    "FluxPriorReduxPipeline": "it makes embeddings of a picture, and no picture",
+}
