@@ -637,6 +637,7 @@ ARGUMENTS: dict[str, dict] = {
     "QwenImageControlNetInpaintPipeline": QWEN | CONTROL_PICTURE | {"control_mask": mask()},
     # For a list of prompts, the first two take a picture and a negative prompt for each; the others take no such list.
     "QwenImageEditPipeline": QWEN_EDIT,
+    # It paints a million pixels whatever it is told: a second for latents' decoding.
     "QwenImageEditInpaintPipeline": QWEN_EDIT | INPAINT,
     "QwenImageEditPlusPipeline": QWEN_EDIT,
     "QwenImageEditPlusPipeline/2511": QWEN_EDIT,
@@ -668,6 +669,7 @@ ARGUMENTS: dict[str, dict] = {
     "SanaSprintImg2ImgPipeline": SANA | FROM_PICTURE | {"intermediate_timesteps": None},
     "Lumina2Pipeline": {"height": 32, "width": 32, "guidance_scale": 4.0},
     "HiDreamImagePipeline": SIZE | {"guidance_scale": 5.0},
+    # Its steps draw their noise from torch's own generator, too.
     "HiDreamImagePipeline/dev": SIZE | {"guidance_scale": 0.0},
 }
 
