@@ -31,9 +31,15 @@ from transformers import (
     CLIPVisionConfig,
     Gemma2Config,
     Gemma2Model,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GemmaConfig,
     GemmaModel,
     GlmConfig,
+    GlmImageConfig,
+    GlmImageForConditionalGeneration,
+    GlmImageImageProcessorPil,
+    GlmImageProcessor,
     GlmModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -66,6 +72,8 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2EncoderConfig
+from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2Encoder
 
 
 WORDS = (
@@ -428,3 +436,71 @@ def llava() -> tuple[PreTrainedTokenizerFast, CLIPImageProcessorPil, LlavaForCon
     config = LlavaConfig(text_config=language, vision_config=vision, image_token_index=image, pad_token_id=pad)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
     return tokenizer, processor, LlavaForConditionalGeneration(config).eval()
+
+
+def glm_image() -> tuple[GlmImageProcessor, GlmImageForConditionalGeneration]:
+    """Processor and the language model that plans pictures, in 32 visual words."""
+    tokenizer = words(
+        ("<|endoftext|>", "<|image|>", "<sop>", "<eop>", "<|dit_token_start|>", *QWEN_SPECIAL[1:3]),
+        pad_token="<|endoftext|>",
+        bos_token="<|dit_token_start|>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<|image|>", "grid_bos_token": "<sop>", "grid_eos_token": "<eop>"},
+    )
+    config = GlmImageConfig(
+        text_config={key: value for key, value in DECODER.items() if key != "head_dim"}
+        | {"vocab_size": len(tokenizer) + 32, "vision_vocab_size": 32, "pad_token_id": 0, "eos_token_id": None}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+            "intermediate_size": 16,
+        },
+        vq_config={"embed_dim": 16, "num_embeddings": 32, "latent_channels": 16},
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
+        image_start_token_id=30,
+        image_end_token_id=31,
+    )
+    processor = GlmImageProcessor(GlmImageImageProcessorPil(patch_size=8), tokenizer, chat_template=CHAT)
+    return processor, GlmImageForConditionalGeneration(config).eval()
+
+
+def gemma3() -> tuple[PreTrainedTokenizerFast, Gemma3ForConditionalGeneration]:
+    """Embeddings of 16 numbers in 3 layers with the words' own, as LTX-2 takes all of them."""
+    tokenizer, ids = _gemma_tokenizer("left")
+    config = Gemma3Config(
+        text_config=DECODER | ids | {"query_pre_attn_scalar": 8, "sliding_window": 16},
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 4,
+        },
+        mm_tokens_per_image=4,
+    )
+    return tokenizer, Gemma3ForConditionalGeneration(config).eval()
+
+
+def t5gemma2() -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    """Embeddings of 16 numbers, with a vision tower for pictures of 8 x 8."""
+    tokenizer, ids = _gemma_tokenizer("right")
+    config = T5Gemma2EncoderConfig(
+        text_config=DECODER | ids | {"query_pre_attn_scalar": 8, "sliding_window": 16, "dropout_rate": 0.0},
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 4,
+            "vision_use_head": False,
+        },
+        mm_tokens_per_image=4,
+    )
+    return tokenizer, T5Gemma2Encoder(config).eval()

@@ -22,8 +22,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from diffusers import (
+    AnyFlowFARPipeline,
+    AnyFlowFARTransformer3DModel,
+    AnyFlowPipeline,
+    AnyFlowTransformer3DModel,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
     AutoencoderKLMagvit,
     AutoencoderKLMochi,
@@ -40,7 +46,11 @@ from diffusers import (
     EasyAnimateInpaintPipeline,
     EasyAnimatePipeline,
     EasyAnimateTransformer3DModel,
+    FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeliosPipeline,
+    HeliosScheduler,
+    HeliosTransformer3DModel,
     HunyuanSkyreelsImageToVideoPipeline,
     HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
@@ -55,13 +65,23 @@ from diffusers import (
     Kandinsky5T2IPipeline,
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
+    Kandinsky6TI2VAPipeline,
+    Kandinsky6Transformer3DModel,
+    LTX2ImageToVideoPipeline,
+    LTX2Pipeline,
+    LTX2VideoTransformer3DModel,
     LTXConditionPipeline,
     LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     LucyEditPipeline,
+    MMAudioVAE,
+    MMAudioVocoder,
     MochiPipeline,
     MochiTransformer3DModel,
+    MotifVideoImage2VideoPipeline,
+    MotifVideoPipeline,
+    MotifVideoTransformer3DModel,
     SanaImageToVideoPipeline,
     SanaVideoPipeline,
     SanaVideoTransformer3DModel,
@@ -79,6 +99,8 @@ from diffusers import (
     WanVACETransformer3DModel,
     WanVideoToVideoPipeline,
 )
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
@@ -278,6 +300,17 @@ def ltx_transformer() -> LTXVideoTransformer3DModel:
     return wake(transformer)
 
 
+def ltx_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.95,
+        max_shift=2.05,
+        base_image_seq_len=1024,
+        max_image_seq_len=4096,
+        shift_terminal=0.1,
+    )
+
+
 def ltx_components() -> dict:
     tokenizer, text_encoder = text.t5()
     return {
@@ -285,14 +318,7 @@ def ltx_components() -> dict:
         "text_encoder": text_encoder,
         "vae": ltx_vae(),
         "transformer": ltx_transformer(),
-        "scheduler": FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True,
-            base_shift=0.95,
-            max_shift=2.05,
-            base_image_seq_len=1024,
-            max_image_seq_len=4096,
-            shift_terminal=0.1,
-        ),
+        "scheduler": ltx_scheduler(),
     }
 
 
@@ -689,6 +715,43 @@ def kandinsky_image(pipeline: type[DiffusionPipeline], **config) -> DiffusionPip
     return pipeline
 
 
+def kandinsky_6() -> Kandinsky6TI2VAPipeline:
+    """Video and sound; a picture is one more latent frame at the end, which never changes."""
+    transformer = Kandinsky6Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=16,
+        time_dim=16,
+        model_dim=24,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(4, 4, 4),
+        in_audio_dim=4,
+        out_audio_dim=4,
+        visual_token_type_num_embeddings=2,
+    )
+    audio_vae = MMAudioVAE(
+        mel_bins=8, latent_channels=4, hidden_channels=8, channel_multipliers=(1, 1), layers_per_block=1
+    )
+    vocoder = MMAudioVocoder(
+        num_mels=8,
+        upsample_initial_channel=8,
+        upsample_rates=(2, 2),
+        upsample_kernel_sizes=(4, 4),
+        resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=((1, 3, 5),),
+    )
+    return Kandinsky6TI2VAPipeline(
+        transformer=wake(transformer),
+        vae=hunyuan_video_vae(),
+        audio_vae=audio_vae.eval(),
+        vocoder=vocoder.eval(),
+        **kandinsky_components(5.0),
+    )
+
+
 # EasyAnimate
 
 
@@ -737,6 +800,132 @@ def easyanimate(pipeline: type[DiffusionPipeline], in_channels: int = 4, **confi
     )
 
 
+# LTX-2
+
+
+def ltx_2(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
+    """Video and sound, each with a scheduler of its own (a copy)."""
+    tokenizer, text_encoder = text.gemma3()
+    transformer = LTX2VideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        audio_in_channels=8,
+        audio_out_channels=8,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=4,
+        audio_cross_attention_dim=8,
+        num_layers=2,
+        caption_channels=16,
+        rope_double_precision=False,
+        rope_type="split",
+    )
+    connectors = LTX2TextConnectors(
+        caption_channels=16,
+        text_proj_in_factor=3,
+        video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=8,
+        video_connector_num_layers=1,
+        video_connector_num_learnable_registers=8,
+        audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=8,
+        audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=8,
+        connector_rope_base_seq_len=32,
+        rope_double_precision=False,
+        rope_type="split",
+    )
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        # The default, reflection, needs two latents in every direction.
+        decoder_spatial_padding_mode="zeros",
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )
+    audio_vae = AutoencoderKLLTX2Audio(
+        base_channels=8, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=2, mel_bins=16
+    )
+    vocoder = LTX2Vocoder(
+        in_channels=32,
+        hidden_channels=8,
+        upsample_kernel_sizes=[4, 4],
+        upsample_factors=[2, 2],
+        resnet_kernel_sizes=[3],
+        resnet_dilations=[[1, 3]],
+    )
+    return pipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        transformer=wake(transformer),
+        connectors=wake(connectors),
+        vae=vae.eval(),
+        audio_vae=audio_vae.eval(),
+        vocoder=vocoder.eval(),
+        scheduler=ltx_scheduler(),
+    )
+
+
+# Motif-Video
+
+
+def motif_video(pipeline: type[DiffusionPipeline], image_embed_dim: int | None = None) -> DiffusionPipeline:
+    tokenizer, text_encoder = text.t5gemma2()
+    transformer = MotifVideoTransformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=2,
+        num_decoder_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=16,
+        image_embed_dim=image_embed_dim,
+        rope_axes_dim=(2, 4, 4),
+        enable_text_cross_attention_dual=True,
+        enable_text_cross_attention_single=True,
+    )
+    return pipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        transformer=wake(transformer),
+        vae=wan_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        guider=ClassifierFreeGuidance(guidance_scale=8.0),
+        feature_extractor=SiglipImageProcessorPil(size={"height": 8, "width": 8}),
+    )
+
+
+# AnyFlow and Helios, relatives of Wan
+
+
+def anyflow() -> AnyFlowPipeline:
+    """A flow map: it also takes the time that a step goes to."""
+    components = wan_components() | {"scheduler": FlowMapEulerDiscreteScheduler(shift=5.0)}
+    return AnyFlowPipeline(transformer=wake(AnyFlowTransformer3DModel(**WAN_TRANSFORMER)), **components)
+
+
+def anyflow_far() -> AnyFlowFARPipeline:
+    """One chunk of latent frames after another."""
+    transformer = AnyFlowFARTransformer3DModel(**WAN_TRANSFORMER, chunk_partition=(1, 1), full_chunk_limit=2)
+    components = wan_components() | {"scheduler": FlowMapEulerDiscreteScheduler(shift=5.0)}
+    return AnyFlowFARPipeline(transformer=wake(transformer), **components)
+
+
+def helios() -> HeliosPipeline:
+    """One chunk of latent frames after another, which attends to the earlier ones at three scales."""
+    config = {key: WAN_TRANSFORMER[key] for key in WAN_TRANSFORMER if key != "rope_max_seq_len"}
+    transformer = HeliosTransformer3DModel(**config, rope_dim=(4, 4, 4))
+    scheduler = HeliosScheduler(stages=1, stage_range=[0, 1], use_dynamic_shifting=True, time_shift_type="linear")
+    return without_ftfy(HeliosPipeline(transformer=wake(transformer), **(wan_components() | {"scheduler": scheduler})))
+
+
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "WanPipeline": wan,
     "WanPipeline/2.2": wan_2_2,
@@ -779,6 +968,14 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "EasyAnimateInpaintPipeline": partial(
         easyanimate, EasyAnimateInpaintPipeline, in_channels=12, resize_inpaint_mask_directly=False
     ),
+    "LTX2Pipeline": partial(ltx_2, LTX2Pipeline),
+    "LTX2ImageToVideoPipeline": partial(ltx_2, LTX2ImageToVideoPipeline),
+    "MotifVideoPipeline": partial(motif_video, MotifVideoPipeline),
+    "MotifVideoImage2VideoPipeline": partial(motif_video, MotifVideoImage2VideoPipeline, image_embed_dim=16),
+    "AnyFlowPipeline": anyflow,
+    "AnyFlowFARPipeline": anyflow_far,
+    "HeliosPipeline": helios,
+    "Kandinsky6TI2VAPipeline": kandinsky_6,
 }
 
 SMALL = {"height": 16, "width": 32, "num_frames": 5}
@@ -795,6 +992,7 @@ SANA_VIDEO = {
 }
 KANDINSKY = {"height": 16, "width": 32, "guidance_scale": 5.0, "max_sequence_length": 48}
 EASYANIMATE = SMALL | {"guidance_scale": 5.0, "negative_prompt": "bad quality"}
+LTX_2 = LTX | {"guidance_scale": 4.0, "spatio_temporal_guidance_blocks": [1]}
 
 ARGUMENTS: dict[str, dict] = {
     "WanPipeline": WAN,
@@ -805,9 +1003,11 @@ ARGUMENTS: dict[str, dict] = {
     "HunyuanVideoPipeline": HUNYUAN_VIDEO,
     "HunyuanVideo15Pipeline": {"height": 32, "width": 64, "num_frames": 5},
     "WanVideoToVideoPipeline": {key: WAN[key] for key in WAN if key != "num_frames"} | {"video": clip(5)},
+    # Takes one prompt only.
     "WanVACEPipeline": WAN | {"video": clip(5), "mask": clip(5)},
     "LTXImageToVideoPipeline": LTX | {"image": picture()},
     "LTXConditionPipeline": LTX | {"image": picture()},
+    # With a list of prompts these four want a list of as many pictures.
     "HunyuanVideoImageToVideoPipeline": HUNYUAN_VIDEO | {"image": picture()},
     "HunyuanVideoImageToVideoPipeline/33ch": HUNYUAN_VIDEO
     | {"num_frames": 9, "image": picture(), "negative_prompt": "bad quality", "true_cfg_scale": 3.0},
@@ -821,6 +1021,7 @@ ARGUMENTS: dict[str, dict] = {
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": WAN | {"image": picture()},
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": WAN
     | {"num_frames": 9, "base_num_frames": 9, "overlap_history": 5, "video": clip(5)},
+    # With a list of prompts this one and the one above want a list of as many videos.
     "LucyEditPipeline": WAN | {"height": 32, "width": 64, "video": [picture(32, 64)] * 5},
     "ChronoEditPipeline": WAN | {"image": picture()},
     "MochiPipeline": SMALL | {"num_frames": 7, "guidance_scale": 4.5, "max_sequence_length": 16},
@@ -833,13 +1034,25 @@ ARGUMENTS: dict[str, dict] = {
     # At the end it scales the first four latent frames to the fifth's and later ones' mean and deviation.
     "Kandinsky5I2VPipeline": KANDINSKY | {"num_frames": 21, "image": picture()},
     "Kandinsky5T2IPipeline": KANDINSKY | {"guidance_scale": 3.5},
+    # With a list of prompts it wants a list of as many pictures.
     "Kandinsky5I2IPipeline": KANDINSKY | {"guidance_scale": 3.5, "image": picture(112, 224)},
+    # With a list of prompts these two want a list of as many negative prompts, and the second as many videos and masks.
     "EasyAnimatePipeline": EASYANIMATE,
-    # A list of prompts needs a list of negative ones.
     "EasyAnimateInpaintPipeline": EASYANIMATE | {"video": tensor_video(), "mask_video": tensor_mask()},
+    "LTX2Pipeline": LTX_2,
+    # Compressing the picture as a video's frame needs PyAV.
+    "LTX2ImageToVideoPipeline": LTX_2 | {"image": picture(), "image_crf": 0},
+    "MotifVideoPipeline": SMALL | {"max_sequence_length": 16},
+    # Takes one prompt only: it encodes the one picture once.
+    "MotifVideoImage2VideoPipeline": SMALL | {"max_sequence_length": 16, "image": picture()},
+    "AnyFlowPipeline": WAN,
+    "AnyFlowFARPipeline": WAN,
+    "HeliosPipeline": WAN | {"num_latent_frames_per_chunk": 2},
+    "Kandinsky6TI2VAPipeline": KANDINSKY | {"num_frames": 5},
 }
 
 NOT_BUILT: dict[str, str] = {
+    "HeliosPyramidPipeline": "not one flow: latents grow from stage to stage, with new noise for each",
     "AllegroPipeline": "not a flow model: it predicts noise",
     "CogVideoXPipeline": "not a flow model: it predicts v of a diffusion",
     "CosmosTextToWorldPipeline": "not a flow model: EDM's preconditioned diffusion",
