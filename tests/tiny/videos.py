@@ -264,6 +264,18 @@ def wan_image_to_video() -> WanImageToVideoPipeline:
     return without_ftfy(pipeline)
 
 
+def wan_2_2_image_to_video() -> WanImageToVideoPipeline:
+    """Wan 2.2 I2V-A14B: two transformers, the first frame through the autoencoder only."""
+    transformers = {name: wan_transformer(in_channels=12) for name in ("transformer", "transformer_2")}
+    return without_ftfy(WanImageToVideoPipeline(**transformers, boundary_ratio=0.9, **wan_components()))
+
+
+def wan_5b_image_to_video() -> WanImageToVideoPipeline:
+    """Wan 2.2 TI2V-5B: the first frame in the place of the first latents, at timestep 0."""
+    components = wan_components(flow_shift=5.0) | {"vae": wan_2_2_vae()}
+    return without_ftfy(WanImageToVideoPipeline(transformer=wan_transformer(), expand_timesteps=True, **components))
+
+
 def wan_video_to_video() -> WanVideoToVideoPipeline:
     return without_ftfy(WanVideoToVideoPipeline(transformer=wan_transformer(), **wan_components()))
 
@@ -976,6 +988,8 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "AnyFlowFARPipeline": anyflow_far,
     "HeliosPipeline": helios,
     "Kandinsky6TI2VAPipeline": kandinsky_6,
+    "WanImageToVideoPipeline/2.2": wan_2_2_image_to_video,
+    "WanImageToVideoPipeline/5b": wan_5b_image_to_video,
 }
 
 SMALL = {"height": 16, "width": 32, "num_frames": 5}
@@ -1049,6 +1063,8 @@ ARGUMENTS: dict[str, dict] = {
     "AnyFlowFARPipeline": WAN,
     "HeliosPipeline": WAN | {"num_latent_frames_per_chunk": 2},
     "Kandinsky6TI2VAPipeline": KANDINSKY | {"num_frames": 5},
+    "WanImageToVideoPipeline/2.2": WAN | {"guidance_scale": 3.5, "guidance_scale_2": 3.0, "image": picture()},
+    "WanImageToVideoPipeline/5b": WAN | {"height": 32, "width": 64, "image": picture(32, 64)},
 }
 
 NOT_BUILT: dict[str, str] = {
