@@ -21,6 +21,9 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderKLHunyuanImage,
+    AutoencoderKLHunyuanImageRefiner,
+    AutoencoderKLQwenImage21,
+    AutoencoderTiny,
     BriaFibo2Pipeline,
     BriaFibo2Transformer2DModel,
     BriaFiboEditPipeline,
@@ -32,11 +35,23 @@ from diffusers import (
     CogView4Pipeline,
     CogView4Transformer2DModel,
     DiffusionPipeline,
+    DreamLiteMobilePipeline,
+    DreamLitePipeline,
+    DreamLiteUNetModel,
     ErnieImagePipeline,
     ErnieImageTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    GlmImagePipeline,
+    GlmImageTransformer2DModel,
     HunyuanImagePipeline,
+    HunyuanImageRefinerPipeline,
     HunyuanImageTransformer2DModel,
+    Ideogram4Pipeline,
+    Ideogram4Transformer2DModel,
+    JoyImageEditPipeline,
+    JoyImageEditPlusPipeline,
+    JoyImageEditPlusTransformer3DModel,
+    JoyImageEditTransformer3DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
     LongCatImageEditPipeline,
@@ -51,12 +66,15 @@ from diffusers import (
     PRXPipeline,
     PRXPixelPipeline,
     PRXTransformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
 )
 from diffusers.guiders import AdaptiveProjectedMixGuidance
+from diffusers.pipelines.joyimage.image_processor import JoyImageEditImageProcessor
 
 from . import autoencoders, text
 from .images import flow_scheduler
-from .videos import picture, wan_2_2_vae, without_ftfy
+from .videos import picture, wan_2_2_vae, wan_vae, without_ftfy
 from .waking import wake
 
 
@@ -265,18 +283,23 @@ def longcat_image(pipeline: type[DiffusionPipeline] = LongCatImagePipeline) -> D
     return built
 
 
+HUNYUAN_IMAGE = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "text_embed_dim": 16,
+}
+
+
 def hunyuan_image() -> HunyuanImagePipeline:
     tokenizer, _, text_encoder = text.qwen2_5_vl()
     tokenizer_2, text_encoder_2 = text.byt5()
     transformer = HunyuanImageTransformer2DModel(
+        **HUNYUAN_IMAGE,
         in_channels=4,
         out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        text_embed_dim=16,
         text_embed_2_dim=16,
         rope_axes_dim=(4, 4),
     )
@@ -378,6 +401,172 @@ def nucleus_moe_image() -> NucleusMoEImagePipeline:
     return pipeline
 
 
+def hunyuan_image_refiner() -> HunyuanImageRefinerPipeline:
+    tokenizer, _, text_encoder = text.qwen2_5_vl()
+    vae = AutoencoderKLHunyuanImageRefiner(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        spatial_compression_ratio=2,
+        temporal_compression_ratio=1,
+    )
+    transformer = HunyuanImageTransformer2DModel(
+        **(HUNYUAN_IMAGE | {"in_channels": 16, "out_channels": 8, "patch_size": (1, 1, 1)}),
+        rope_axes_dim=(2, 2, 4),
+        guidance_embeds=True,
+    )
+    pipeline = HunyuanImageRefinerPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=4.0),
+        vae=vae.eval(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=lively(transformer),
+        guider=AdaptiveProjectedMixGuidance(),
+    )
+    pipeline.tokenizer_max_length = 32
+    return pipeline
+
+
+def glm_image() -> GlmImagePipeline:
+    """A language model draws the picture's plan, 258 tokens for the smallest picture, then the transformer paints it."""
+    tokenizer, text_encoder = text.byt5()
+    processor, planner = text.glm_image()
+    transformer = GlmImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=16,
+        condition_dim=8,
+        prior_vq_quantizer_codebook_size=32,
+    )
+    return GlmImagePipeline(
+        tokenizer=tokenizer,
+        processor=processor,
+        text_encoder=text_encoder,
+        vision_language_encoder=planner,
+        vae=autoencoders.kl(block_out_channels=(4, 4, 4, 4), latents_mean=[0.1] * 4, latents_std=[1.1] * 4),
+        transformer=lively(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            base_shift=0.25,
+            max_shift=0.75,
+            base_image_seq_len=256,
+            use_dynamic_shifting=True,
+            time_shift_type="linear",
+        ),
+    )
+
+
+def dream_lite(pipeline: type[DiffusionPipeline] = DreamLitePipeline) -> DiffusionPipeline:
+    tokenizer, processor, text_encoder = text.qwen3_vl()
+    unet = DreamLiteUNetModel(
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        encoder_hid_dim=16,
+        encoder_hid_dim_type="text_proj_rms",
+        addition_embed_type="time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16,
+    )
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    return pipeline(
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        processor=processor,
+        vae=vae.eval(),
+        unet=lively(unet),
+        scheduler=flow_scheduler(max_shift=1.16),
+    )
+
+
+def ideogram4() -> Ideogram4Pipeline:
+    """Guidance comes from a second transformer. The text encoder has the 36 layers of which the pipeline reads 13."""
+    tokenizer, _, text_encoder = text.qwen3_vl(num_hidden_layers=36)
+    config = {
+        "in_channels": 16,
+        "num_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "adaln_dim": 16,
+        "llm_features_dim": 13 * 16,
+        "mrope_section": (2, 1, 1),
+    }
+    return Ideogram4Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoders.kl_flux2(),
+        text_encoder=text_encoder.model,
+        tokenizer=tokenizer,
+        transformer=lively(Ideogram4Transformer2DModel(**config)),
+        unconditional_transformer=lively(Ideogram4Transformer2DModel(**config)),
+    )
+
+
+def qwen_image21() -> QwenImage21Pipeline:
+    """A latent number is 16 pixels wide and high for the pipeline, whatever the autoencoder."""
+    _, processor, text_encoder = text.qwen3_vl()
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        context_in_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+    vae = AutoencoderKLQwenImage21(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.5, 0.7, -0.1, 1.3],
+        latents_std=[3.2, 3.3, 3.4, 3.0],
+    )
+    return QwenImage21Pipeline(
+        scheduler=flow_scheduler(shift=1.0, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
+        vae=vae.eval(),
+        text_encoder=text_encoder,
+        processor=processor,
+        transformer=lively(transformer),
+    )
+
+
+def joy_image_edit(pipeline: type[DiffusionPipeline], transformer: type[torch.nn.Module]) -> DiffusionPipeline:
+    tokenizer, processor, text_encoder = text.qwen3_vl()
+    config = {
+        "in_channels": 4,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "text_dim": 16,
+        "num_layers": 1,
+        "rope_dim_list": [2, 2, 4],
+    }
+    built = pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.5),
+        vae=wan_vae().eval(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=lively(transformer(**config)),
+        processor=processor,
+    )
+    # The real one scales every picture to about a million pixels.
+    for name in ("image_processor", "vae_image_processor"):
+        if isinstance(getattr(built, name, None), JoyImageEditImageProcessor):
+            getattr(built, name).get_default_height_width = lambda *args: (32, 32)
+    return built
+
+
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "AuraFlowPipeline": aura_flow,
     "CogView4Pipeline": cogview4,
@@ -396,6 +585,14 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "Krea2Pipeline": krea2,
     "ErnieImagePipeline": ernie_image,
     "NucleusMoEImagePipeline": nucleus_moe_image,
+    "HunyuanImageRefinerPipeline": hunyuan_image_refiner,
+    "GlmImagePipeline": glm_image,
+    "DreamLitePipeline": dream_lite,
+    "DreamLiteMobilePipeline": lambda: dream_lite(DreamLiteMobilePipeline),
+    "Ideogram4Pipeline": ideogram4,
+    "QwenImage21Pipeline": qwen_image21,
+    "JoyImageEditPipeline": lambda: joy_image_edit(JoyImageEditPipeline, JoyImageEditTransformer3DModel),
+    "JoyImageEditPlusPipeline": lambda: joy_image_edit(JoyImageEditPlusPipeline, JoyImageEditPlusTransformer3DModel),
 }
 
 SMALL = {"height": 8, "width": 8}
@@ -420,6 +617,14 @@ ARGUMENTS: dict[str, dict] = {
     "Krea2Pipeline": SMALL | {"guidance_scale": 4.5, "max_sequence_length": 32},
     "ErnieImagePipeline": SMALL | {"guidance_scale": 4.0},
     "NucleusMoEImagePipeline": SMALL | {"guidance_scale": 4.0},
+    "HunyuanImageRefinerPipeline": SMALL | {"image": picture(8, 8)},
+    "GlmImagePipeline": {"height": 32, "width": 32, "guidance_scale": 1.5, "max_sequence_length": 16},
+    "DreamLitePipeline": MEDIUM | {"guidance_scale": 3.5},
+    "DreamLiteMobilePipeline": MEDIUM,
+    "Ideogram4Pipeline": SMALL | {"guidance_scale": 7.0, "guidance_schedule": None, "max_sequence_length": 32},
+    "QwenImage21Pipeline": LARGE | {"true_cfg_scale": 4.0, "negative_prompt": ""},
+    "JoyImageEditPipeline": {"guidance_scale": 4.0, "image": picture(32, 32)},
+    "JoyImageEditPlusPipeline": {"guidance_scale": 4.0, "images": [picture(32, 32)]},
 }
 
 NOT_BUILT: dict[str, str] = {
