@@ -267,11 +267,11 @@ def bria_fibo2() -> BriaFibo2Pipeline:
     return pipeline
 
 
-def longcat_image(pipeline: type[DiffusionPipeline] = LongCatImagePipeline) -> DiffusionPipeline:
+def longcat_image(pipeline: type[DiffusionPipeline] = LongCatImagePipeline, **vae) -> DiffusionPipeline:
     tokenizer, processor, text_encoder = text.qwen2_5_vl()
     built = pipeline(
         scheduler=flow_scheduler(),
-        vae=autoencoders.kl(latent_channels=16),
+        vae=autoencoders.kl(latent_channels=16, **vae),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         text_processor=processor,
@@ -281,6 +281,11 @@ def longcat_image(pipeline: type[DiffusionPipeline] = LongCatImagePipeline) -> D
     )
     built.tokenizer_max_length = 16
     return built
+
+
+def longcat_image_edit() -> LongCatImageEditPipeline:
+    """It scales every picture to about a million pixels: 64 of them a latent number keep it small."""
+    return longcat_image(LongCatImageEditPipeline, block_out_channels=(4,) * 7, layers_per_block=0)
 
 
 HUNYUAN_IMAGE = {
@@ -580,7 +585,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "BriaFiboEditPipeline": bria_fibo_edit,
     "BriaFibo2Pipeline": bria_fibo2,
     "LongCatImagePipeline": longcat_image,
-    "LongCatImageEditPipeline": lambda: longcat_image(LongCatImageEditPipeline),
+    "LongCatImageEditPipeline": longcat_image_edit,
     "HunyuanImagePipeline": hunyuan_image,
     "Krea2Pipeline": krea2,
     "ErnieImagePipeline": ernie_image,
@@ -618,7 +623,7 @@ ARGUMENTS: dict[str, dict] = {
     "ErnieImagePipeline": SMALL | {"guidance_scale": 4.0},
     "NucleusMoEImagePipeline": SMALL | {"guidance_scale": 4.0},
     "HunyuanImageRefinerPipeline": SMALL | {"image": picture(8, 8)},
-    "GlmImagePipeline": {"height": 32, "width": 32, "guidance_scale": 1.5, "max_sequence_length": 16},
+    "GlmImagePipeline": LARGE | {"guidance_scale": 1.5, "max_sequence_length": 16},
     "DreamLitePipeline": MEDIUM | {"guidance_scale": 3.5},
     "DreamLiteMobilePipeline": MEDIUM,
     "Ideogram4Pipeline": SMALL | {"guidance_scale": 7.0, "guidance_schedule": None, "max_sequence_length": 32},

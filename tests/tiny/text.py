@@ -439,9 +439,14 @@ def llava() -> tuple[PreTrainedTokenizerFast, CLIPImageProcessorPil, LlavaForCon
 
 
 def glm_image() -> tuple[GlmImageProcessor, GlmImageForConditionalGeneration]:
-    """Processor and the language model that plans pictures, in 32 visual words."""
+    """Processor and the language model that plans pictures, in 32 visual words, the first of its vocabulary."""
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{{ part['text'] if part['type'] == 'text' else '<|image|>' }}{% endfor %}{% endfor %}"
+    )
+    visual = tuple(f"<|visual_{number}|>" for number in range(32))
     tokenizer = words(
-        ("<|endoftext|>", "<|image|>", "<sop>", "<eop>", "<|dit_token_start|>", *QWEN_SPECIAL[1:3]),
+        (*visual, "<|endoftext|>", "<|image|>", "<sop>", "<eop>", "<|dit_token_start|>", *QWEN_SPECIAL[1:3]),
         pad_token="<|endoftext|>",
         bos_token="<|dit_token_start|>",
         padding_side="left",
@@ -449,7 +454,7 @@ def glm_image() -> tuple[GlmImageProcessor, GlmImageForConditionalGeneration]:
     )
     config = GlmImageConfig(
         text_config={key: value for key, value in DECODER.items() if key != "head_dim"}
-        | {"vocab_size": len(tokenizer) + 32, "vision_vocab_size": 32, "pad_token_id": 0, "eos_token_id": None}
+        | {"vocab_size": len(tokenizer), "vision_vocab_size": 32, "pad_token_id": 32, "eos_token_id": None}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
         vision_config={
             "depth": 1,
@@ -464,8 +469,16 @@ def glm_image() -> tuple[GlmImageProcessor, GlmImageForConditionalGeneration]:
         image_start_token_id=30,
         image_end_token_id=31,
     )
-    processor = GlmImageProcessor(GlmImageImageProcessorPil(patch_size=8), tokenizer, chat_template=CHAT)
-    return processor, GlmImageForConditionalGeneration(config).eval()
+    processor = GlmImageProcessor(GlmImageImageProcessorPil(patch_size=8), tokenizer, chat_template=template)
+    model = GlmImageForConditionalGeneration(config).eval()
+    # The plan proper comes after 256 words of a preview, which would wash the prompt out: blind to its own words, and
+    # with sharp attention and decided answers, the model keeps to the prompt.
+    model.get_input_embeddings().weight.data[:32] = 0.0
+    model.lm_head.weight.data.mul_(4.0)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.q_proj.weight.data.mul_(3.0)
+        layer.self_attn.k_proj.weight.data.mul_(3.0)
+    return processor, model
 
 
 def gemma3() -> tuple[PreTrainedTokenizerFast, Gemma3ForConditionalGeneration]:
