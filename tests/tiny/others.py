@@ -12,17 +12,22 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Tiny pipelines of the flow-matching architectures that are neither in `images` nor videos."""
+"""Tiny pipelines of the flow-matching architectures that are in neither `images` nor `videos`."""
 
 from collections.abc import Callable
 
 import torch
 from diffusers import (
+    AceStepConditionEncoder,
+    AceStepPipeline,
+    AceStepTransformer1DModel,
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderKLHunyuanImage,
     AutoencoderKLHunyuanImageRefiner,
     AutoencoderKLQwenImage21,
+    AutoencoderOobleck,
+    AutoencoderSAME,
     AutoencoderTiny,
     BriaFibo2Pipeline,
     BriaFibo2Transformer2DModel,
@@ -54,6 +59,9 @@ from diffusers import (
     JoyImageEditTransformer3DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    LongCatAudioDiTPipeline,
+    LongCatAudioDiTTransformer,
+    LongCatAudioDiTVae,
     LongCatImageEditPipeline,
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
@@ -68,6 +76,11 @@ from diffusers import (
     PRXTransformer2DModel,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
+    StableAudio3AudioToAudioPipeline,
+    StableAudio3DiTModel,
+    StableAudio3DurationEmbedder,
+    StableAudio3InpaintPipeline,
+    StableAudio3Pipeline,
 )
 from diffusers.guiders import AdaptiveProjectedMixGuidance
 from diffusers.pipelines.joyimage.image_processor import JoyImageEditImageProcessor
@@ -149,6 +162,7 @@ def cogview4(pipeline: type[DiffusionPipeline] = CogView4Pipeline, in_channels: 
 
 
 def lumina() -> LuminaPipeline:
+    """The pipeline takes it for granted that a latent number is 8 pixels wide and high."""
     tokenizer, text_encoder = text.gemma()
     transformer = LuminaNextDiT2DModel(
         sample_size=4,
@@ -162,7 +176,7 @@ def lumina() -> LuminaPipeline:
     return LuminaPipeline(
         transformer=lively(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=autoencoders.kl(),
+        vae=autoencoders.kl(block_out_channels=(8, 8, 8, 8)),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
     )
@@ -572,6 +586,100 @@ def joy_image_edit(pipeline: type[DiffusionPipeline], transformer: type[torch.nn
     return built
 
 
+def stable_audio3(pipeline: type[DiffusionPipeline] = StableAudio3Pipeline, **scheduler) -> DiffusionPipeline:
+    """The base model; the distilled one has a scheduler with `stochastic_sampling`."""
+    tokenizer, text_encoder = text.t5gemma()
+    transformer = StableAudio3DiTModel(
+        io_channels=4,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        cond_token_dim=16,
+        global_cond_dim=16,
+        local_add_cond_dim=5,
+        timestep_features_dim=16,
+        num_memory_tokens=2,
+    )
+    vae = AutoencoderSAME(
+        patch_size=2,
+        encoder_channels=8,
+        encoder_c_mults=(2,),
+        encoder_strides=(2,),
+        encoder_transformer_depths=(1,),
+        latent_dim=4,
+        dim_heads=8,
+        sampling_rate=32,
+    )
+    return pipeline(
+        vae=wake(vae),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        duration_embedder=StableAudio3DurationEmbedder(output_dim=16, fourier_dim=16).eval(),
+        transformer=lively(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, **scheduler),
+    )
+
+
+def ace_step() -> AceStepPipeline:
+    tokenizer, text_encoder = text.qwen3()
+    attention = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": 4,
+    }
+    # Two layers: one looks at its neighbourhood, one at everything.
+    transformer = AceStepTransformer1DModel(
+        **attention, num_hidden_layers=2, in_channels=12, audio_acoustic_hidden_dim=4
+    )
+    condition_encoder = AceStepConditionEncoder(
+        **attention,
+        text_hidden_dim=16,
+        timbre_hidden_dim=4,
+        num_lyric_encoder_hidden_layers=1,
+        num_timbre_encoder_hidden_layers=1,
+    )
+    vae = AutoencoderOobleck(
+        encoder_hidden_size=4,
+        downsampling_ratios=[2, 2],
+        channel_multiples=[1, 1],
+        decoder_channels=4,
+        decoder_input_channels=4,
+        sampling_rate=32,
+    )
+    return AceStepPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.model,
+        tokenizer=tokenizer,
+        transformer=lively(transformer),
+        condition_encoder=condition_encoder.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1),
+    )
+
+
+def longcat_audio_dit() -> LongCatAudioDiTPipeline:
+    tokenizer, text_encoder = text.umt5()
+    transformer = LongCatAudioDiTTransformer(dit_dim=16, dit_depth=2, dit_heads=2, dit_text_dim=16, latent_dim=4)
+    vae = LongCatAudioDiTVae(
+        channels=4,
+        c_mults=[1, 1],
+        strides=[2, 2],
+        latent_dim=4,
+        encoder_latent_dim=8,
+        downsampling_ratio=4,
+        sample_rate=32,
+    )
+    return LongCatAudioDiTPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=lively(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True),
+    )
+
+
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "AuraFlowPipeline": aura_flow,
     "CogView4Pipeline": cogview4,
@@ -598,18 +706,28 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "QwenImage21Pipeline": qwen_image21,
     "JoyImageEditPipeline": lambda: joy_image_edit(JoyImageEditPipeline, JoyImageEditTransformer3DModel),
     "JoyImageEditPlusPipeline": lambda: joy_image_edit(JoyImageEditPlusPipeline, JoyImageEditPlusTransformer3DModel),
+    "StableAudio3Pipeline": stable_audio3,
+    "StableAudio3Pipeline/distilled": lambda: stable_audio3(stochastic_sampling=True),
+    "StableAudio3AudioToAudioPipeline": lambda: stable_audio3(StableAudio3AudioToAudioPipeline),
+    "StableAudio3InpaintPipeline": lambda: stable_audio3(StableAudio3InpaintPipeline),
+    "AceStepPipeline": ace_step,
+    "LongCatAudioDiTPipeline": longcat_audio_dit,
 }
 
 SMALL = {"height": 8, "width": 8}
 MEDIUM = {"height": 16, "width": 16}
 LARGE = {"height": 64, "width": 64}
 
+# One second for two ears.
+SOUND = torch.sin(torch.arange(64.0)).reshape(1, 2, 32)
+
 ARGUMENTS: dict[str, dict] = {
     "AuraFlowPipeline": MEDIUM | {"guidance_scale": 3.5, "max_sequence_length": 16},
     "CogView4Pipeline": MEDIUM | {"guidance_scale": 5.0},
     "CogView4ControlPipeline": MEDIUM | {"guidance_scale": 5.0, "control_image": picture(16, 16)},
-    "LuminaPipeline": {"height": 32, "width": 32, "guidance_scale": 4.0},
+    "LuminaPipeline": {"height": 32, "width": 32, "guidance_scale": 4.0, "clean_caption": False},
     "BriaPipeline": SMALL | {"guidance_scale": 5.0, "max_sequence_length": 16},
+    # With guidance, PRX takes one prompt a call: it makes two timesteps however many pictures there are.
     "PRXPipeline": SMALL | {"guidance_scale": 4.0, "use_resolution_binning": False},
     "PRXPixelPipeline": SMALL | {"guidance_scale": 4.0, "use_resolution_binning": False},
     "OvisImagePipeline": SMALL | {"guidance_scale": 5.0, "max_sequence_length": 32},
@@ -617,6 +735,7 @@ ARGUMENTS: dict[str, dict] = {
     "BriaFiboEditPipeline": LARGE | {"guidance_scale": 5.0, "max_sequence_length": 32, "image": picture(64, 64)},
     "BriaFibo2Pipeline": SMALL | {"guidance_scale": 5.0},
     "LongCatImagePipeline": SMALL | {"guidance_scale": 4.5, "enable_prompt_rewrite": False},
+    # One prompt a call.
     "LongCatImageEditPipeline": {"guidance_scale": 4.5, "image": picture(16, 16)},
     "HunyuanImagePipeline": SMALL,
     "Krea2Pipeline": SMALL | {"guidance_scale": 4.5, "max_sequence_length": 32},
@@ -624,14 +743,31 @@ ARGUMENTS: dict[str, dict] = {
     "NucleusMoEImagePipeline": SMALL | {"guidance_scale": 4.0},
     "HunyuanImageRefinerPipeline": SMALL | {"image": picture(8, 8)},
     "GlmImagePipeline": LARGE | {"guidance_scale": 1.5, "max_sequence_length": 16},
+    # One prompt a call.
     "DreamLitePipeline": MEDIUM | {"guidance_scale": 3.5},
     "DreamLiteMobilePipeline": MEDIUM,
     "Ideogram4Pipeline": SMALL | {"guidance_scale": 7.0, "guidance_schedule": None, "max_sequence_length": 32},
+    # Several prompts a call need as many negative ones.
     "QwenImage21Pipeline": LARGE | {"true_cfg_scale": 4.0, "negative_prompt": ""},
     "JoyImageEditPipeline": {"guidance_scale": 4.0, "image": picture(32, 32)},
+    # Several prompts a call need as many lists of pictures.
     "JoyImageEditPlusPipeline": {"guidance_scale": 4.0, "images": [picture(32, 32)]},
+    "StableAudio3Pipeline": {"duration": 1.0, "guidance_scale": 3.0},
+    "StableAudio3Pipeline/distilled": {"duration": 1.0},
+    "StableAudio3AudioToAudioPipeline": {"duration": 1.0, "audio": SOUND, "init_noise_level": 0.9},
+    "StableAudio3InpaintPipeline": {
+        "duration": 1.0,
+        "audio": SOUND,
+        "mask_start_seconds": 0.25,
+        "mask_end_seconds": 0.75,
+    },
+    # Several prompts a call need as many `lyrics`.
+    "AceStepPipeline": {"audio_duration": 1.0, "guidance_scale": 7.0},
+    "LongCatAudioDiTPipeline": {"audio_duration_s": 1.0, "guidance_scale": 4.0},
 }
 
 NOT_BUILT: dict[str, str] = {
     "OmniGenPipeline": "its processor needs torchvision, which the tests do without",
+    "VisualClozeGenerationPipeline": "it takes a task, a content and a grid of pictures, and no `prompt`",
+    "VisualClozePipeline": "two pipelines one after the other, without a `prompt`",
 }
