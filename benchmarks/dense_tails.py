@@ -101,7 +101,7 @@ def exact_tails(chains: torch.Tensor, velocity, sigmas: torch.Tensor, parts: int
 
 
 def measure(args) -> list[dict]:
-    policy = FlowPolicy(load_pipeline("shapes"), max_sequence_length=1)
+    policy = FlowPolicy(load_pipeline("shapes"), guidance_scale=1.0, max_sequence_length=1)
     sigmas = policy.sigmas(args.steps)
     plan, leaves = plan_of_all_tails(args.steps, args.group)
     position = {leaf: number for number, leaf in enumerate(plan.leaves)}
@@ -121,7 +121,7 @@ def measure(args) -> list[dict]:
         table = policy.conditioning([row["prompt"]])
 
         def velocity(latents, sigma, prompt, table=table):
-            return policy(latents, sigma, {name: value[prompt] for name, value in table.items()})
+            return policy(latents, sigma, [table[number] for number in prompt.tolist()])
 
         noise = seeded_noise(args.seed, row["prompt"], num_draws=plan.num_draws, latent_shape=policy.latent_shape)
         rollout = execute(plan, velocity, sigmas, noise[None], [args.noise_level] * args.steps, "cps", 512)

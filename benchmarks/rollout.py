@@ -85,13 +85,15 @@ def main():
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = FlowPolicy(
-        load_pipeline(args.model).to(device), max_sequence_length=1 if args.model == "shapes" else None
+        load_pipeline(args.model).to(device),
+        guidance_scale=1.0,
+        max_sequence_length=1 if args.model == "shapes" else None,
     )
     table = policy.conditioning([args.prompt])
 
     @torch.no_grad()
     def velocity(latents, sigma, prompt):
-        return policy(latents, sigma, {name: value[prompt] for name, value in table.items()})
+        return policy(latents, sigma, [table[number] for number in prompt.tolist()])
 
     num_steps = args.num_inference_steps
     plan = dense_plan(num_steps, args.num_generations, range(num_steps - 1))

@@ -14,6 +14,7 @@
 
 """Tiny pipelines with random weights, of the real architectures, and prompts and rewards for them."""
 
+import inspect
 import itertools
 
 import numpy as np
@@ -184,6 +185,33 @@ def tiny_sdxl(seed: int = 0, scheduler: SchedulerMixin | None = None) -> StableD
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def encoded_prompts(policy, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """
+    Prompts as arguments of a stock pipeline's call, encoded one by one, as the policy does it: a text encoder rounds
+    differently in a batch. For Stable Diffusion of all generations.
+    """
+    pipeline = policy.pipeline
+    names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+    parameters = inspect.signature(pipeline.encode_prompt).parameters
+    arguments = {
+        "prompt_2": None,
+        "prompt_3": None,
+        "device": "cpu",
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": policy.guidance_scale > 1,
+        "negative_prompt": policy.negative_prompt,
+        **policy.call_arguments,
+    }
+    arguments = {name: value for name, value in arguments.items() if name in parameters}
+    with torch.no_grad():
+        rows = [pipeline.encode_prompt(prompt, **arguments) for prompt in prompts]
+    return {
+        name: torch.cat(values)
+        for name, values in zip(names, zip(*rows, strict=True), strict=False)
+        if values[0] is not None
+    }
 
 
 def brightness(images, **kwargs):

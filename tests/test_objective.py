@@ -385,7 +385,7 @@ def test_gradient_through_a_shared_parent_is_that_of_each_sibling():
     """G siblings from one forward, against G forwards of one sample each."""
     torch.manual_seed(1)
     adapter = LoraConfig(r=2, lora_alpha=4, target_modules=["attn.to_v", "attn.to_out.0"])
-    policy = FlowPolicy(tiny_sd3(), adapter, max_sequence_length=2)
+    policy = FlowPolicy(tiny_sd3(), adapter, guidance_scale=1.0, max_sequence_length=2)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -396,7 +396,7 @@ def test_gradient_through_a_shared_parent_is_that_of_each_sibling():
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
 
     def loss_of(children, rows, weights):
-        velocity = policy(rows, 0.75, {k: v.expand(len(rows), *v.shape[1:]) for k, v in conditioning.items()})
+        velocity = policy(rows, 0.75, conditioning * len(rows))
         mean, std = transition(rows, velocity, 0.75, 0.625, 0.7)
         log_probs = log_prob(children, mean.expand_as(children), std)
         ratio = torch.exp(log_probs - log_probs.detach())

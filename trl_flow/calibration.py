@@ -149,9 +149,10 @@ def calibrate_noise(
                 )
                 for number in range(len(rows))
             ]
+            conditioning = trainer.conditioning([row["prompt"] for row in rows], trainer.images(rows))
             rollout = execute(
                 plan,
-                trainer.velocity([row["prompt"] for row in rows]),
+                trainer.velocity(conditioning),
                 trainer.sigmas,
                 torch.stack(noise).to(trainer.accelerator.device),
                 levels,
@@ -159,7 +160,9 @@ def calibrate_noise(
                 args.rollout_batch_size,
                 trainer.policy.initial_scale(trainer.sigmas),
             )
-            images = trainer.decode(rollout.leaves.flatten(0, 1))
+            images = trainer.decode(
+                rollout.leaves.flatten(0, 1), [condition for condition in conditioning for _ in plan.leaves]
+            )
             scores = trainer.calculate_rewards(
                 trainer.reward_funcs, trainer.reward_names, [row for row in rows for _ in plan.leaves], images
             )

@@ -22,13 +22,11 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from .hub import save_adapter
+from .hub import holds_policy, load_policy, save_policy
 from .report.history import finite, paired_difference
 from .trainer.evaluation import SAMPLES_FOLDER
 from .trainer.saving import RUN_FILE
@@ -149,7 +147,7 @@ class RewardHackingCallback(TrainerCallback, ExportableState):
                 for name, value in saved["attributes"].items():
                     setattr(self, name, value)
         if self.action == "rollback" and self.best is not None:
-            self._best_adapter(args)  # raises if it is not there
+            self._best_weights(args)  # raises if it is not there
 
     @staticmethod
     def _check_strategy(args):
@@ -174,7 +172,7 @@ class RewardHackingCallback(TrainerCallback, ExportableState):
         if self._evaluated_weights is None and self._keeps_weights(state):
             self._evaluated_weights = {
                 name: parameter.detach().cpu().clone()
-                for name, parameter in model.denoiser.named_parameters()
+                for name, parameter in model.denoisers.named_parameters()
                 if parameter.requires_grad
             }
 
@@ -288,9 +286,7 @@ class RewardHackingCallback(TrainerCallback, ExportableState):
         partial = folder / "partial"
         for leftover in (partial, path):
             shutil.rmtree(leftover, ignore_errors=True)
-        save_adapter(
-            model.denoiser, type(model.pipeline), model.family.component, partial, self._base_model, state_dict=weights
-        )
+        save_policy(model, partial, self._base_model, weights)
         partial.rename(path)
         # A checkpoint goes on with the newest weights that were kept when it was made.
         kept = sorted(int(step) for step in _numbers(folder, r"step_(\d+)"))
@@ -300,10 +296,10 @@ class RewardHackingCallback(TrainerCallback, ExportableState):
         for step in set(kept) - needed:
             shutil.rmtree(folder / _step_name(step))
 
-    def _best_adapter(self, args) -> Path:
+    def _best_weights(self, args) -> Path:
         folder = Path(ROLLBACK_FOLDER) / _step_name(self.best["step"])
         for root in (args.output_dir, self.best["output_dir"]):
-            if (path := Path(root) / folder / "adapter_model.safetensors").is_file():
+            if holds_policy(path := Path(root) / folder):
                 return path
         raise ValueError(
             f"RewardHackingCallback(action='rollback'): the weights of the best evaluation, of update "
@@ -315,13 +311,13 @@ class RewardHackingCallback(TrainerCallback, ExportableState):
         # The summary is what is logged last, and the best checkpoint is loaded next: where there was an alarm, that is ours.
         if self.action != "rollback" or self.stopped_at is None or "train_runtime" not in (logs or {}):
             return
-        file = self._best_adapter(args)
+        folder = self._best_weights(args)
         if args.ema_decay:
-            set_peft_model_state_dict(model.denoiser, load_file(file))
+            load_policy(model, folder)
             average = [parameter.detach().cpu().clone() for parameter in model.parameters() if parameter.requires_grad]
-            state_file = file.parent / f"rollout_state_{args.process_index}.pt"
+            state_file = folder / f"rollout_state_{args.process_index}.pt"
             torch.save({"ema": {"shadow_params": average}}, state_file)
-        state.best_model_checkpoint = str(file.parent)
+        state.best_model_checkpoint = str(folder)
         self._load_best_model_at_end = args.load_best_model_at_end
         args.load_best_model_at_end = True
 

@@ -27,11 +27,11 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from peft import LoraConfig
-from pipelines import sd_scheduler, tiny_sd, tiny_sdxl
+from pipelines import encoded_prompts, sd_scheduler, tiny_sd, tiny_sdxl
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
 
 from trl_flow import FlowPolicy
-from trl_flow.hub import save_adapter
+from trl_flow.hub import save_policy
 from trl_flow.policy.diffusion import flow_sigmas, flow_velocity, latent_scale
 from trl_flow.rollout import Plan, execute
 
@@ -75,7 +75,7 @@ def chain(policy, steps, noise):
     conditioning = policy.conditioning(PROMPTS[: len(noise)])
     leaves = execute(
         plan,
-        lambda x, sigma, prompt: policy(x, sigma, {name: rows[prompt] for name, rows in conditioning.items()}),
+        lambda x, sigma, prompt: policy(x, sigma, [conditioning[row] for row in prompt.tolist()]),
         sigmas,
         draws * policy.initial_scale(sigmas),
         [0.0] * steps,
@@ -87,7 +87,7 @@ def stock_call(policy, latents, steps, **kwargs):
     """The pipeline's own call, with DDIM in the place of its scheduler."""
     pipeline = policy.pipeline
     own, pipeline.scheduler = pipeline.scheduler, DDIMScheduler.from_config(pipeline.scheduler.config)
-    text = {"prompt": PROMPTS[0]} if len(latents) == 1 else policy.conditioning(PROMPTS[: len(latents)])
+    text = {"prompt": PROMPTS[0]} if len(latents) == 1 else encoded_prompts(policy, PROMPTS[: len(latents)])
     result = pipeline(
         **text,
         latents=latents,
@@ -237,7 +237,7 @@ def test_steps_lead_to_the_next_timestep_where_ddim_misses_it(config, steps):
     assert any(t - 1000 // steps != following for t, following in zip(visited[:-2], visited[1:], strict=False))
     alpha, s = alpha_and_s(scheduler)
     noise = torch.randn(1, 4, 4, 4)
-    x, text = noise.double(), policy.conditioning(PROMPTS[:1])["prompt_embeds"]
+    x, text = noise.double(), encoded_prompts(policy, PROMPTS[:1])["prompt_embeds"]
     for t, following in zip(visited, visited[1:], strict=False):
         eps = policy.pipeline.unet(x.float(), t, encoder_hidden_states=text).sample.double()
         x0 = (x - s[t] * eps) / alpha[t]
@@ -335,7 +335,7 @@ def test_reference_is_the_base_model(make):
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
 def test_a_saved_adapter_gives_the_trained_pictures(tmp_path, make):
     policy = make_policy(make(), 7.5)
-    save_adapter(policy.denoiser, type(policy.pipeline), policy.family.component, tmp_path, "user/base")
+    save_policy(policy, tmp_path, "user/base")
     latents = torch.randn(1, 4, 4, 4)
     arguments = {"prompt": PROMPTS[0], "latents": latents, "num_inference_steps": 4, "output_type": "pt"}
     expected, base, loaded = policy.pipeline(**arguments).images, make()(**arguments).images, make()
@@ -467,5 +467,7 @@ def test_a_last_step_that_leads_nowhere_is_refused(config):
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
 def test_a_length_of_text_that_would_be_ignored_is_refused(make):
-    with pytest.raises(ValueError, match="max_sequence_length=77: StableDiffusion.*Leave it unset"):
+    with pytest.raises(
+        ValueError, match="max_sequence_length=77: the call of StableDiffusion.*has no such argument. Leave it unset"
+    ):
         FlowPolicy(make(), max_sequence_length=77)

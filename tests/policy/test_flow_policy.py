@@ -16,7 +16,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
-from pipelines import tiny_sd3
+from pipelines import encoded_prompts, tiny_sd3
 
 from trl_flow import FlowPolicy
 from trl_flow.policy import find_family
@@ -54,7 +54,7 @@ def stock_call(policy, latents, steps, guidance_scale, **kwargs):
     The pipeline's own call. One prompt is given as text. Several are given as the policy encodes them, one by one: a text
     encoder rounds differently in a batch.
     """
-    text = {"prompt": PROMPTS[0]} if len(latents) == 1 else policy.conditioning(PROMPTS[: len(latents)])
+    text = {"prompt": PROMPTS[0]} if len(latents) == 1 else encoded_prompts(policy, PROMPTS[: len(latents)])
     return policy.pipeline(
         **text,
         latents=latents,
@@ -119,7 +119,7 @@ def test_without_noise_a_chain_is_the_stock_pipeline(guidance_scale, rows):
     with torch.no_grad():
         rollout = execute(
             plan,
-            lambda x, sigma, prompt: policy(x, sigma, {name: rows[prompt] for name, rows in conditioning.items()}),
+            lambda x, sigma, prompt: policy(x, sigma, [conditioning[row] for row in prompt.tolist()]),
             policy.sigmas(6),
             noise,
             [0.0] * 6,
@@ -174,8 +174,10 @@ def test_reference_is_the_base_model():
 def gradients(policy, checkpointing=False):
     if checkpointing:
         policy.gradient_checkpointing_enable()
-        policy.denoiser.train()  # diffusers recomputes whether or not a module trains; the trainer's mode is ours
-        policy.denoiser.eval()
+        policy.denoisers[
+            "transformer"
+        ].train()  # diffusers recomputes whether or not a module trains; the trainer's mode is ours
+        policy.denoisers["transformer"].eval()
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(3))
     policy(latents, 0.75, policy.conditioning(PROMPTS)).square().sum().backward()
     return {name: parameter.grad for name, parameter in policy.named_parameters() if parameter.requires_grad}
@@ -198,8 +200,8 @@ def test_gradients_reach_the_adapter_and_nothing_else(guidance_scale):
 
 def test_only_the_denoiser_is_wrapped():
     policy = make_policy()
-    assert {name.split(".")[0] for name, _ in policy.named_parameters()} == {"denoiser"}
-    assert {name.split(".")[0] for name in policy.state_dict()} == {"denoiser"}
+    assert {name.split(".")[0] for name, _ in policy.named_parameters()} == {"denoisers"}
+    assert {name.split(".")[0] for name in policy.state_dict()} == {"denoisers"}
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -241,11 +243,10 @@ def test_each_prompt_is_encoded_once():
     assert per_prompt == 4  # two encoders, each for the prompt and for the negative prompt
     policy.conditioning([PROMPTS[1]] * 5)
     policy.decode(torch.zeros(1, 4, 4, 4))
-    assert len(calls) == 2 * per_prompt
-    for rows in first.values():
-        assert len(rows) == 3
-        assert torch.equal(rows[0], rows[2])
-    assert not torch.equal(first["prompt_embeds"][0], first["prompt_embeds"][1])
+    assert len(calls) == 2 * per_prompt  # nothing is encoded again, the empty prompt neither
+    assert first[0] is first[2]
+    embeds = [condition.answers["encode_prompt", 0][0] for condition in first]
+    assert embeds[0].shape[0] == 1 and not torch.equal(embeds[0], embeds[1])
 
 
 def test_the_cache_forgets_the_prompt_that_was_unused_longest():
@@ -262,13 +263,12 @@ def test_the_cache_forgets_the_prompt_that_was_unused_longest():
 
 def test_conditioning_is_what_the_pipeline_encodes():
     policy = make_policy(guidance_scale=4.5, negative_prompt="blue")
-    conditioning = policy.conditioning(PROMPTS)
+    answers = [condition.answers["encode_prompt", 0] for condition in policy.conditioning(PROMPTS)]
     expected = policy.pipeline.encode_prompt(
         PROMPTS, None, None, negative_prompt=["blue", "blue"], max_sequence_length=TOKENS
     )
-    names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
-    for name, value in zip(names, expected, strict=True):
-        torch.testing.assert_close(conditioning[name], value, rtol=1e-5, atol=1e-6)
+    for rows, value in zip(zip(*answers, strict=True), expected, strict=True):
+        torch.testing.assert_close(torch.cat(rows), value, rtol=1e-5, atol=1e-6)
 
 
 # ---- What the user passed in is left alone ----
@@ -298,7 +298,7 @@ def test_the_users_peft_config_is_left_alone():
 
 def test_default_adapter():
     policy = FlowPolicy(tiny_sd3())
-    config = policy.denoiser.peft_config["default"]
+    config = policy.denoisers["transformer"].peft_config["default"]
     assert (config.r, config.lora_alpha) == (32, 64)
     targets = {name.split(".lora_A")[0].split("attn.")[1] for name in policy.state_dict() if "lora_A" in name}
     assert targets == {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
@@ -311,7 +311,7 @@ def test_bfloat16_pipelines_keep_float32_latents():
     pipeline = tiny_sd3().to(torch.bfloat16)
     policy = FlowPolicy(pipeline, LoraConfig(r=2, target_modules=None), max_sequence_length=TOKENS)
     conditioning = policy.conditioning(PROMPTS)
-    assert conditioning["prompt_embeds"].dtype == torch.bfloat16
+    assert conditioning[0].answers["encode_prompt", 0][0].dtype == torch.bfloat16
     seen = []
     pipeline.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["hidden_states"].dtype), with_kwargs=True
@@ -320,7 +320,7 @@ def test_bfloat16_pipelines_keep_float32_latents():
     plan.add_transition(start := plan.start(), child := plan.stochastic(start), (plan.tail(child, [2, 3]),))
     rollout = execute(
         plan,
-        lambda x, sigma, prompt: policy(x, sigma, {name: rows[prompt] for name, rows in conditioning.items()}),
+        lambda x, sigma, prompt: policy(x, sigma, [conditioning[row] for row in prompt.tolist()]),
         policy.sigmas(3),
         torch.randn(2, plan.num_draws, *policy.latent_shape),
         [0.7] * 3,
@@ -339,9 +339,9 @@ def test_bfloat16_pipelines_keep_float32_latents():
 
 def test_unknown_pipelines_are_refused():
     pipeline = DDIMPipeline(unet=None, scheduler=DDIMScheduler())
-    with pytest.raises(ValueError, match="DDIMPipeline is not supported.*StableDiffusion3Pipeline"):
+    with pytest.raises(ValueError, match="DDIMPipeline holds no denoiser.*it holds scheduler, unet"):
         FlowPolicy(pipeline)
-    assert find_family("StableDiffusion3Pipeline").name == "Stable Diffusion 3"
+    assert find_family(tiny_sd3()).name == "Stable Diffusion 3"
 
 
 @pytest.mark.parametrize("size", [{"height": 9}, {"width": 11}, {"height": 8, "width": 7}])

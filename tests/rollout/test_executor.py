@@ -278,7 +278,7 @@ def test_what_a_sweep_holds_does_not_grow_with_its_steps(solver):
 @pytest.fixture(scope="module")
 def counted():
     """A policy over a real (tiny) pipeline, and the rows that its transformer was given."""
-    policy = FlowPolicy(tiny_sd3(sample_size=2), max_sequence_length=1)
+    policy = FlowPolicy(tiny_sd3(sample_size=2), guidance_scale=1.0, max_sequence_length=1)
     rows = []
 
     def count(module, args, kwargs):
@@ -315,7 +315,7 @@ def test_rows_that_the_transformer_evaluates(counted, plan, rows_per_prompt, lea
     rows.clear()
     rollout = execute(
         plan,
-        lambda x, sigma, prompt: policy(x, sigma, {name: value[prompt] for name, value in conditioning.items()}),
+        lambda x, sigma, prompt: policy(x, sigma, [conditioning[row] for row in prompt.tolist()]),
         sigmas,
         noise,
         [0.7] * plan.num_steps,

@@ -86,11 +86,11 @@ class Recorder:
             self.rollouts[-1].inputs = self.during("rollout", generate)(rows)
             return self.rollouts[-1].inputs
 
-        def recorded_decode(latents):
+        def recorded_decode(latents, conditioning):
             if self.rollouts:
                 self.rollouts[-1].leaves.append(latents.clone())
                 self.rollouts[-1].sampling_policy = weights(trainer)
-            return decode(latents)
+            return decode(latents, conditioning)
 
         def recorded_rewards(*args):
             scores = calculate(*args)
@@ -921,7 +921,7 @@ def test_divergence_from_the_base_model(make_trainer, kl_type, guidance):
         _, of_velocity, q, std = moments(trainer, step)
         with torch.no_grad():
             v = transformer_velocity(trainer, parents, s, prompt, guidance)
-            with trainer.policy.denoiser.disable_adapter():
+            with trainer.policy.denoisers["transformer"].disable_adapter():
                 v = v - transformer_velocity(trainer, parents, s, prompt, guidance)
         factor = {"mean": of_velocity**2 / (2 * q**2), "gaussian": of_velocity**2 / (2 * std**2), "velocity": 1}
         expected.append(factor[kl_type] * v.double().square().mean().item())

@@ -184,7 +184,7 @@ def test_both_formats_give_the_trained_pictures(make_trainer, monkeypatch, train
     # Offline, diffusers wants the file's name even for a directory.
     monkeypatch.setattr("diffusers.loaders.lora_base.HF_HUB_OFFLINE", False)
     trainer = make_trainer(max_steps=3, learning_rate=0.1, ema_decay=trained_ema)
-    config = trainer.policy.denoiser.peft_config["default"]
+    config = trainer.policy.denoisers["transformer"].peft_config["default"]
     assert config.lora_alpha != config.r
     trainer.train()
     trainer.save_model()

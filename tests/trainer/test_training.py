@@ -273,7 +273,7 @@ def test_the_gradient_of_an_update(make_trainer, method, settings):
             weight = std / np.mean(list(stds.values())) if "step_weighting" in settings else 1.0
             loss = -weight * advantage * log_prob
             if "beta" in settings:
-                with policy.denoiser.disable_adapter(), torch.no_grad():
+                with policy.denoisers["transformer"].disable_adapter(), torch.no_grad():
                     v_ref = transformer_velocity(pipeline, parent, s, prompt).double()
                 mean_ref, _, _ = flow_step(parent.double(), v_ref, s, s_next)
                 loss = (
@@ -450,7 +450,7 @@ def test_what_is_saved_is_the_average_and_what_is_resumed_is_not(make_trainer, u
     for name in saved:
         torch.testing.assert_close(saved[name], average[name], rtol=1e-5, atol=1e-8)
     # The trainer goes on from the raw weights.
-    live = {name.replace(".default", ""): p for name, p in trainer.policy.denoiser.named_parameters()}
+    live = {name.replace(".default", ""): p for name, p in trainer.policy.denoisers["transformer"].named_parameters()}
     for name, value in raw[-1].items():
         assert torch.equal(live[name], value)
 
@@ -651,7 +651,7 @@ def test_any_flow_grpo_config_works_in_any_trainer(make_trainer):
 def test_defaults_are_the_papers():
     flow, dense, g2 = FlowGRPOConfig("a", report_to="none"), DenseGRPOConfig("b"), G2RPOConfig("c")
     assert (flow.num_inference_steps, flow.num_generations, flow.noise_level, flow.epsilon) == (10, 24, 0.7, 1e-4)
-    assert (flow.guidance_scale, flow.learning_rate, flow.beta, flow.advantage_clip) == (4.5, 3e-4, 0.04, 5.0)
+    assert (flow.guidance_scale, flow.learning_rate, flow.beta, flow.advantage_clip) == (None, 3e-4, 0.04, 5.0)
     assert (dense.dense_reward, dense.tail_steps) == ("gain", "full")
     assert (g2.num_inference_steps, g2.num_generations, g2.granularities, g2.beta) == (16, 12, [1, 2, 3], 0.0)
 

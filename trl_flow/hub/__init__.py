@@ -16,6 +16,17 @@
 
 from .adapter import load_adapter, save_adapter, supports_diffusers_format
 from .model_card import create_model_card
+from .weights import holds_policy, load_policy, load_trained, read_adapter, save_policy
 
 
-__all__ = ["create_model_card", "load_adapter", "save_adapter", "supports_diffusers_format"]
+__all__ = [
+    "create_model_card",
+    "holds_policy",
+    "load_adapter",
+    "load_policy",
+    "load_trained",
+    "read_adapter",
+    "save_adapter",
+    "save_policy",
+    "supports_diffusers_format",
+]

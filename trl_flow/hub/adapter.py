@@ -61,8 +61,9 @@ def supports_diffusers_format(
     if save_lora_weights is None:
         return False
     parameters = inspect.signature(save_lora_weights).parameters
+    slot = _slot(component)
     # Without the metadata argument a loader takes alpha = r, which silently rescales the adapter.
-    if not {f"{component}_lora_layers", f"{component}_lora_adapter_metadata"} <= parameters.keys():
+    if not {f"{slot}_lora_layers", f"{slot}_lora_adapter_metadata"} <= parameters.keys():
         return False
     if peft_config.peft_type != PeftType.LORA:
         return False
@@ -154,8 +155,10 @@ def save_adapter(
     pipeline_class.save_lora_weights(
         str(output_dir),
         **{
-            f"{component}_lora_layers": {key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()},
-            f"{component}_lora_adapter_metadata": metadata,
+            f"{_slot(component)}_lora_layers": {
+                key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()
+            },
+            f"{_slot(component)}_lora_adapter_metadata": metadata,
         },
     )
     written.append(output_dir / DIFFUSERS_WEIGHTS_NAME)
@@ -237,12 +240,20 @@ def _load_diffusers_format(
     try:
         # By its name: without one, diffusers refuses to look into its cache when it is offline, and takes the file in
         # PEFT's format, of which it understands nothing, when that is the only one.
-        pipeline.load_lora_weights(adapter_name_or_path, revision=revision, weight_name=DIFFUSERS_WEIGHTS_NAME)
+        second = {"load_into_transformer_2": True} if component != _slot(component) else {}
+        pipeline.load_lora_weights(
+            adapter_name_or_path, revision=revision, weight_name=DIFFUSERS_WEIGHTS_NAME, **second
+        )
     except OSError:
         return False  # saved by PEFT alone
     finally:
         loader_logger.setLevel(level)
     return True
+
+
+def _slot(component: str) -> str:
+    """The name by which diffusers' LoRA files know a component: they hold one transformer, be it the second."""
+    return component.removesuffix("_2")
 
 
 def _count_parameters(module: torch.nn.Module) -> int:

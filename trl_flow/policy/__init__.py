@@ -14,6 +14,8 @@
 
 """Pipelines as policies."""
 
+from .conditioning import Condition
 from .families import FAMILIES, PipelineFamily, find_family
 from .flow_policy import FlowPolicy
-from .loading import default_call_arguments, load_pipeline
+from .loading import default_call_arguments, find_record, load_pipeline
+from .schedulers import is_flow

@@ -32,6 +32,8 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
+from .schedulers import stepped
+
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -123,8 +125,8 @@ def check_scheduler(scheduler: SchedulerMixin):
 
 class DDIMQueryScheduler(DDIMScheduler):
     """
-    One denoising step that does not step: what comes out as "latents" is the velocity of the pipeline's model output,
-    after guidance, in flow coordinates. The latents that go in are in flow coordinates too.
+    One denoising step that does not step: `velocity` is that of the pipeline's model output, after guidance, in flow
+    coordinates. The latents that go in are in flow coordinates too.
 
     Set `sigma` and `dtype` before each call. The timestep is the one that the model was trained with at `sigma`.
     """
@@ -132,6 +134,7 @@ class DDIMQueryScheduler(DDIMScheduler):
     sigma: float = 1.0
     # Of the denoiser's input: diffusion pipelines, unlike flow pipelines, do not cast the latents they are given.
     dtype: torch.dtype = torch.float32
+    velocity: torch.Tensor | None = None
 
     @functools.cached_property
     def training_sigmas(self) -> torch.Tensor:
@@ -149,12 +152,16 @@ class DDIMQueryScheduler(DDIMScheduler):
             )
         self.timesteps = timestep[None].to(device)
         self.num_inference_steps = 1
+        self.velocity = None
 
     def scale_model_input(self, sample, timestep=None):
         return (latent_scale(self.sigma) * sample).to(self.dtype)
 
     def step(self, model_output, timestep, sample, return_dict=True, **kwargs):
-        return (flow_velocity(model_output.to(sample.dtype), sample, self.sigma, self.config.prediction_type),)
+        if self.velocity is not None:
+            raise ValueError("The pipeline takes more than one scheduler step per timestep.")
+        self.velocity = flow_velocity(model_output.to(sample.dtype), sample, self.sigma, self.config.prediction_type)
+        return stepped(sample, return_dict)
 
 
 class DDIMIdleScheduler(DDIMScheduler):

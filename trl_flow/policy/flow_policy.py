@@ -15,19 +15,22 @@
 """The pipeline is the policy: the velocity that is trained is the one that the user's own pipeline computes."""
 
 import copy
+import dataclasses
 import functools
 import inspect
-from collections import OrderedDict
-from contextlib import contextmanager
+from collections import OrderedDict, defaultdict
+from contextlib import ExitStack, contextmanager
 
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig, get_peft_model
+from PIL import Image
 from torch import nn
 
+from .conditioning import LATENTS, Answers, Condition, find_layout, find_signature, image_key, recording
 from .diffusion import DDIMIdleScheduler, DDIMQueryScheduler, check_scheduler
-from .families import PipelineFamily, find_family
-from .schedulers import IdleScheduler, QueryScheduler
+from .families import find_family
+from .schedulers import check_flow_scheduler, idle_scheduler, is_flow, query_scheduler
 
 
 class PolicyConfig(dict):
@@ -47,115 +50,191 @@ class FlowPolicy(nn.Module):
     """
     A diffusers pipeline as a policy over latents.
 
-    `forward` makes one single-step call of the pipeline's own `__call__`, with a scheduler that hands back the model
-    output after guidance. Nothing of a model family (guidance, packing, position ids, signs, timesteps) is written
-    again here, so what is trained equals what the pipeline computes at inference.
+    `forward` makes one single-step call of the pipeline's own `__call__`, with a scheduler that keeps the model output
+    after guidance. Nothing of a model family (guidance, packing, position ids, signs, timesteps) is written again
+    here, so what is trained equals what the pipeline computes at inference. What the pipeline computes from a prompt
+    and a picture before it denoises is kept: see [`trl_flow.policy.conditioning`].
 
-    Diffusion pipelines (Stable Diffusion 1, 2 and XL) are flow models in other coordinates, sampled by DDIM: see
-    [`trl_flow.policy.diffusion`]. Latents, sigmas and velocities are in flow coordinates here and for every caller.
+    Diffusion pipelines (those whose scheduler is no flow-matching one: Stable Diffusion 1, 2 and XL ...) are flow models
+    in other coordinates, sampled by DDIM: see [`trl_flow.policy.diffusion`]. Latents, sigmas and velocities are in flow
+    coordinates here and for every caller.
 
-    The denoiser is the only registered child module: DDP and FSDP wrap the policy. The text encoders and the VAE are
+    The denoisers are the only registered child modules: DDP and FSDP wrap the policy. The text encoders and the VAE are
     frozen and stay in the pipeline. The pipeline that is passed in keeps its own scheduler; LoRA layers are injected
-    into its denoiser in place.
+    into its denoisers in place.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): The generator to align.
-        peft_config ([`~peft.PeftConfig`], *optional*): The adapter. Default: LoRA of rank 32 and alpha 64 on the
-            family's attention projections, as in Flow-GRPO and DenseGRPO.
-        height, width (`int`, *optional*): In pixels. Default: the pipeline's.
-        guidance_scale (`float`, *optional*, defaults to `1.0`): As the pipeline means it.
-        negative_prompt (`str`, *optional*, defaults to `""`): Used when guidance is on.
+        peft_config ([`~peft.PeftConfig`], *optional*): The adapter, or one for each denoiser by its name in the pipeline;
+            a denoiser without one is not trained. What it leaves open, and the default, are the family's: LoRA on the
+            layers, of the rank and scale of its record.
+        height, width (`int`, *optional*): In pixels. Default: the family's, else the pipeline's.
+        num_frames (`int`, *optional*): Of videos. Default: the family's, else the pipeline's.
+        guidance_scale (`float`, *optional*): As the pipeline means it: classifier-free, or distilled into the model.
+            Default: the family's.
+        negative_prompt (`str`, *optional*): Used when guidance is on. Default: the family's, mostly none.
         max_sequence_length (`int`, *optional*): Text tokens. Default: the pipeline's. Not for pipelines that have no
             such argument.
+        generation_kwargs (`dict`, *optional*): More arguments of the pipeline's call.
+        full_finetuning (`bool`, *optional*, defaults to `False`): Trains all weights of the denoisers, in float32,
+            instead of an adapter.
         cache_size (`int`, *optional*, defaults to `1024`): Prompts whose conditioning is kept.
 
     Raises:
-        ValueError: If the pipeline class is unknown, refuses the resolution, takes no `max_sequence_length`, or has a
-            scheduler that DDIM cannot stand in for.
+        ValueError: If the pipeline cannot be trained, refuses the size, has no argument of a name that was given, or
+            has a scheduler that neither Euler steps nor DDIM can stand in for.
     """
 
     def __init__(
         self,
         pipeline: DiffusionPipeline,
-        peft_config: PeftConfig | None = None,
+        peft_config: PeftConfig | dict[str, PeftConfig] | None = None,
         height: int | None = None,
         width: int | None = None,
-        guidance_scale: float = 1.0,
-        negative_prompt: str = "",
+        num_frames: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
         max_sequence_length: int | None = None,
+        generation_kwargs: dict | None = None,
+        full_finetuning: bool = False,
         cache_size: int = 1024,
     ):
         super().__init__()
-        self.family: PipelineFamily = find_family(type(pipeline).__name__)
+        self.family = family = find_family(pipeline)
         self.pipeline = pipeline
-        self.negative_prompt = negative_prompt
-        self.guidance_scale = guidance_scale
+        self.negative_prompt = family.negative_prompt if negative_prompt is None else negative_prompt
+        self.guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
         self.cache_size = cache_size
-        self._cache: OrderedDict[tuple[str, bool], dict[str, torch.Tensor]] = OrderedDict()
+        self._cache: OrderedDict[tuple, Condition] = OrderedDict()
+        self._layouts: dict[tuple[float, bool], tuple[dict, bool]] = {}
         # `__call__` without `torch.no_grad`, so that gradients reach the denoiser.
         self._call = inspect.unwrap(type(pipeline).__call__)
-        call_parameters = inspect.signature(self._call).parameters
-        if max_sequence_length is not None and "max_sequence_length" not in call_parameters:
-            raise ValueError(
-                f"max_sequence_length={max_sequence_length}: {type(pipeline).__name__} always takes as many text "
-                "tokens as its text encoder does. Leave it unset."
-            )
-        self.call_arguments = {
-            name: value
-            for name, value in {
+        self.call_arguments = self._resolve_arguments(
+            {
                 "height": height,
                 "width": width,
-                "guidance_scale": guidance_scale,
+                "num_frames": num_frames,
                 "max_sequence_length": max_sequence_length,
-            }.items()
-            if value is not None and name in call_parameters
-        }
+                **(generation_kwargs or {}),
+            }
+        )
 
-        query, idle = QueryScheduler, IdleScheduler
-        if self.family.scheduler == "ddim":
+        self.is_flow = is_flow(pipeline.scheduler) and not family.diffusion
+        if self.is_flow:
+            check_flow_scheduler(pipeline.scheduler)
+            query, idle = query_scheduler(pipeline.scheduler), idle_scheduler(pipeline.scheduler)
+        else:
             check_scheduler(pipeline.scheduler)
-            query, idle = DDIMQueryScheduler, DDIMIdleScheduler
+            query = DDIMQueryScheduler.from_config(pipeline.scheduler.config)
+            idle = DDIMIdleScheduler.from_config(pipeline.scheduler.config)
 
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
-        if peft_config is None:
-            peft_config = LoraConfig(
-                r=32,
-                lora_alpha=64,
-                init_lora_weights="gaussian",
-                target_modules=list(self.family.lora_target_modules),
+        self.components = [name for name in family.components if getattr(pipeline, name, None) is not None]
+        if full_finetuning and peft_config:
+            raise ValueError(
+                "full_finetuning=True trains all weights: peft_config would have no effect. Drop one of them."
             )
-        elif peft_config.target_modules is None:
-            peft_config = copy.copy(peft_config)
-            peft_config.target_modules = set(self.family.lora_target_modules)
-        self.denoiser = get_peft_model(getattr(pipeline, self.family.component), peft_config).eval()
+        self.full_finetuning = full_finetuning
+        if isinstance(peft_config, dict):
+            self.components = [name for name in self.components if name in peft_config]
+        else:
+            peft_config = dict.fromkeys(self.components, peft_config)
+        self.denoisers = nn.ModuleDict({name: self._trainable(name, peft_config[name]) for name in self.components})
+        # Copies of the base weights, for the divergence from them; made when first asked for, and registered nowhere.
+        self._references: dict[str, nn.Module] = {}
 
         # Shallow copies: the same components and settings, each with a scheduler of its own.
-        self._query = copy.copy(pipeline)
-        self._query.scheduler = query.from_config(pipeline.scheduler.config)
-        self._idle = copy.copy(pipeline)
-        self._idle.scheduler = idle.from_config(pipeline.scheduler.config)
-        for copied in (self._query, self._idle):
-            copied.set_progress_bar_config(disable=True)
-            # A picture that a safety checker has blanked would be scored as what the denoiser drew. It is off in
-            # training only: the pipeline that was passed in, and whatever loads the adapter, keeps its own.
-            if getattr(copied, "safety_checker", None) is not None:
-                copied.safety_checker = None
+        self._encoder = self._copy(idle)
+        self._idle, self._query = self._copy(idle), self._copy(query)
+        # Flow pipelines cast what they are given; diffusion pipelines scale it first.
+        self._idle_answers = Answers(self._idle, cast_latents=True)
+        self._query_answers = Answers(self._query, cast_latents=self.is_flow)
+        self._set_guidance(self.guidance_scale)
         self.config = PolicyConfig(pipeline=type(pipeline).__name__, **self.call_arguments)
         self.config._name_or_path = pipeline.config.get("_name_or_path") or ""
-        self.latent_shape = tuple(self._idle_call(num_inference_steps=1, output_type="latent").shape[1:])
+        try:
+            self.latent_shape = self.blank().latent_shape
+        except Exception:
+            if not (family.inferred and family.image == "optional"):
+                raise
+            # A picture that the signature calls optional and the pipeline cannot do without.
+            self.family = dataclasses.replace(family, image="required")
+            self.latent_shape = self.blank().latent_shape
+
+    def _resolve_arguments(self, given: dict) -> dict:
+        """Arguments of every call, from what was given and the family's defaults."""
+        parameters = inspect.signature(self._call).parameters
+        name = type(self.pipeline).__name__
+        for argument, value in (*given.items(), ("negative_prompt", self.negative_prompt)):
+            if value is not None and argument not in parameters:
+                raise ValueError(f"{argument}={value!r}: the call of {name} has no such argument. Leave it unset.")
+        own = ("prompt", "image", "negative_prompt", "latents", "output_type", "return_dict", "sigmas", "timesteps")
+        for argument in (*own, "generator", "num_inference_steps", self.family.guidance):
+            if argument in given:
+                raise ValueError(f"generation_kwargs holds {argument!r}, which has a setting of its own.")
+        arguments = {
+            name: getattr(self.family, name) for name in ("height", "width", "num_frames") if name in parameters
+        }
+        own_size = getattr(self.pipeline, "default_sample_size", None)
+        if isinstance(own_size, int) and (arguments.get("height") or 0) > own_size * self.pipeline.vae_scale_factor:
+            arguments["height"] = arguments["width"] = None
+        arguments |= {name: value for name, value in given.items() if value is not None}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        if "max_area" in parameters and {"height", "width"} <= arguments.keys():
+            # What is asked for would be enlarged to this area.
+            arguments.setdefault("max_area", arguments["height"] * arguments["width"])
+        if arguments.get("true_cfg_scale", 1) > 1 and self.negative_prompt is None:
+            raise ValueError(
+                f"true_cfg_scale={arguments['true_cfg_scale']} has no effect in {name} without a negative prompt. Set "
+                "negative_prompt, be it to ''."
+            )
+        return arguments
+
+    def _trainable(self, component: str, peft_config: PeftConfig | None) -> nn.Module:
+        """The denoiser of one component with what is trained of it, in eval mode."""
+        denoiser = getattr(self.pipeline, component)
+        if self.full_finetuning:
+            # Adam's updates are lost in the rounding of half precision.
+            return denoiser.float().requires_grad_(True).eval()
+        if peft_config is None:
+            peft_config = LoraConfig(
+                r=self.family.lora_r, lora_alpha=self.family.lora_alpha, init_lora_weights="gaussian"
+            )
+        peft_config = copy.deepcopy(peft_config)
+        if peft_config.target_modules is None:
+            peft_config.target_modules = set(self.family.lora_target_modules)
+        return get_peft_model(denoiser, peft_config).eval()
+
+    def _copy(self, scheduler) -> DiffusionPipeline:
+        copied = copy.copy(self.pipeline)
+        copied.scheduler = scheduler
+        copied.set_progress_bar_config(disable=True)
+        # A picture that a safety checker has blanked would be scored as what the denoiser drew. It is off in
+        # training only: the pipeline that was passed in, and whatever loads the adapter, keeps its own.
+        if "requires_safety_checker" in self.pipeline.config:
+            copied.safety_checker = None
+        return copied
+
+    def _set_guidance(self, guidance_scale: float):
+        self.guidance_scale = guidance_scale
+        if self.family.guidance == "guider":
+            for pipeline in (self._encoder, self._idle, self._query):
+                pipeline.guider = pipeline.guider.new(guidance_scale=guidance_scale)
+        elif self.family.guidance is not None:
+            self.call_arguments = {**self.call_arguments, self.family.guidance: guidance_scale}
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        return next(self.denoisers.parameters()).device
 
     def train(self, mode: bool = True):
-        # The denoiser stays in eval mode: the ratio of two policies with different dropout masks is no ratio.
+        # The denoisers stay in eval mode: the ratio of two policies with different dropout masks is no ratio.
         self.training = mode
         return self
 
-    def forward(self, latents: torch.Tensor, sigma: float, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor, sigma: float, conditioning: list[Condition]) -> torch.Tensor:
         """
         Velocity eps - x0, after guidance.
 
@@ -163,65 +242,109 @@ class FlowPolicy(nn.Module):
             latents (`torch.Tensor` of shape `(n, *latent)`): x at `sigma`.
             sigma (`float`): Flow time in (0, 1], one for all rows. For diffusion pipelines that of a training
                 timestep, as all of [`FlowPolicy.sigmas`] but the end are.
-            conditioning (`dict[str, torch.Tensor]`): As [`FlowPolicy.conditioning`] returns it, n rows.
+            conditioning (`list[Condition]`): As [`FlowPolicy.conditioning`] returns it, n rows. Rows whose text or
+                pictures have different lengths are evaluated in calls of their own.
 
         Returns:
             `torch.Tensor` of shape `(n, *latent)`, float32.
 
         Raises:
-            ValueError: If `sigma` is not the flow time of a training timestep (diffusion pipelines).
+            ValueError: If `sigma` is not the flow time of a training timestep (diffusion pipelines), or the pipeline
+                denoises anything but the latents that it was given.
         """
-        self._query.scheduler.sigma = sigma
-        if self.family.scheduler == "ddim":
-            self._query.scheduler.dtype = conditioning["prompt_embeds"].dtype
-        velocity = self._call(
-            self._query,
-            latents=latents,
-            num_inference_steps=1,
-            output_type="latent",
-            return_dict=False,
-            **conditioning,
-            **self.call_arguments,
-        )[0]
+        batches = self._batches(conditioning)
+        if len(batches) == 1:
+            return self._velocity(latents, sigma, conditioning)
+        rows = torch.tensor([row for batch in batches for row in batch], device=latents.device)
+        velocities = [self._velocity(latents[batch], sigma, [conditioning[row] for row in batch]) for batch in batches]
+        return torch.cat(velocities)[rows.argsort()]
+
+    def _velocity(self, latents: torch.Tensor, sigma: float, conditioning: list[Condition]) -> torch.Tensor:
+        scheduler = self._query.scheduler
+        scheduler.sigma = sigma
+        if not self.is_flow:
+            scheduler.dtype = conditioning[0].latent_dtype
+        self._ask(self._query, self._query_answers, latents, conditioning, num_inference_steps=1, output_type="latent")
+        velocity, scheduler.velocity = scheduler.velocity, None
+        if velocity is None or velocity.shape != latents.shape:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} denoises "
+                f"{'nothing' if velocity is None else f'latents of shape {tuple(velocity.shape)}'} where it was given "
+                f"latents of shape {tuple(latents.shape)}: only part of them is the model's to choose."
+            )
         return velocity.float()
 
+    def _batches(self, conditioning: list[Condition]) -> list[list[int]]:
+        """Rows that can share a call of the pipeline."""
+        batches = defaultdict(list)
+        for row, condition in enumerate(conditioning):
+            batches[condition.signature if condition.batched else row].append(row)
+        return list(batches.values())
+
     @torch.no_grad()
-    def encode(self, prompt: str) -> dict[str, torch.Tensor]:
-        """Conditioning of one prompt, as arguments of the pipeline's call with one row each. Kept for the next time."""
-        guided = self.guidance_scale > self.family.no_guidance
-        if (prompt, guided) in self._cache:
-            self._cache.move_to_end((prompt, guided))
-            return self._cache[prompt, guided]
-        parameters = inspect.signature(self.pipeline.encode_prompt).parameters
-        arguments = {
-            "prompt": prompt,
-            "device": self.device,
-            "num_images_per_prompt": 1,
-            "do_classifier_free_guidance": guided,
-            # None is what a pipeline takes by default; to SDXL it means zeros, and "" the embedding of the empty text.
-            "negative_prompt": self.negative_prompt or None,
-            "max_sequence_length": self.call_arguments.get("max_sequence_length"),
-        }
-        arguments = {name: value for name, value in arguments.items() if name in parameters and value is not None}
-        # prompt_2 and prompt_3 are required by name and default to the prompt.
-        arguments |= {
-            name: None
-            for name, parameter in parameters.items()
-            if parameter.default is inspect.Parameter.empty and name not in arguments and name != "self"
-        }
-        encoded = self.pipeline.encode_prompt(**arguments)
-        conditioning = {
-            name: value for name, value in zip(self.family.encoded, encoded, strict=True) if value is not None
-        }
-        self._cache[prompt, guided] = conditioning
+    def encode(self, prompt: str, image: Image.Image | None = None) -> Condition:
+        """What the pipeline makes of one prompt, and of the picture that it starts from. Kept for the next time."""
+        if self.family.image == "required" and image is None:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} starts from a picture: expected one beside the prompt {prompt!r}. Is "
+                "there a column `image` in the dataset?"
+            )
+        image = image if self.family.image else None
+        key = prompt, image_key(image), self.guidance_scale
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        answers = self._record([prompt], image)
+        kind = self.guidance_scale, image is not None
+        if kind not in self._layouts:
+            self._layouts[kind] = self._find_layout(prompt, image, answers)
+        layout, batched = self._layouts[kind]
+        prepared = answers[LATENTS]
+        latents, answers[LATENTS] = (
+            (prepared, None) if isinstance(prepared, torch.Tensor) else (prepared[0], prepared[1:])
+        )
+        shape = tuple(latents.shape[1:])
+        signature = (shape, *((name, find_signature(answer, layout[name])) for name, answer in answers.items()))
+        condition = Condition(prompt, image, answers, shape, latents.dtype, layout, signature, batched)
+        self._cache[key] = condition
         if len(self._cache) > self.cache_size:
             self._cache.popitem(last=False)
-        return conditioning
+        return condition
 
-    def conditioning(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Conditioning of n prompts, one row each, on the policy's device. Repeated prompts are encoded once."""
-        rows = [self.encode(prompt) for prompt in prompts]
-        return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
+    def _record(self, prompts: list[str], image: Image.Image | None) -> dict:
+        encoder = copy.copy(self._encoder)
+        with recording(encoder) as answers:
+            self._run(encoder, prompts, image, output_type="latent")
+        if LATENTS not in answers:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} prepares no latents by the name of `prepare_latents`: it cannot be told "
+                "which ones to denoise."
+            )
+        return answers
+
+    def _find_layout(self, prompt: str, image: Image.Image | None, one: dict) -> tuple[dict, bool]:
+        """Where the rows of each output are, and whether the pipeline takes several prompts at once."""
+        try:
+            two = self._record([prompt, prompt], image)
+            layout = {name: find_layout(one[name], two[name]) for name in one}
+        except Exception:  # whatever a pipeline raises that is not made for several prompts
+            return dict.fromkeys(one), False
+        layout[LATENTS] = layout[LATENTS][1:] if isinstance(layout[LATENTS], list) else None
+        return layout, True
+
+    def conditioning(self, prompts: list[str], images: list[Image.Image] | None = None) -> list[Condition]:
+        """Conditioning of n prompts (and the pictures that they start from). Repeated ones are encoded once."""
+        images = images or [None] * len(prompts)
+        return [self.encode(*pair) for pair in zip(prompts, images, strict=True)]
+
+    def blank(self) -> Condition:
+        """The empty prompt, on a grey picture."""
+        return self.encode("", self._grey if self.family.image == "required" else None)
+
+    @functools.cached_property
+    def _grey(self) -> Image.Image:
+        size = self.call_arguments.get("width", 512), self.call_arguments.get("height", 512)
+        return Image.new("RGB", size, (128, 128, 128))
 
     def clean(self, latents: torch.Tensor) -> torch.Tensor:
         """
@@ -231,46 +354,82 @@ class FlowPolicy(nn.Module):
         return latents * self._idle.scheduler.final_scale
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+    def decode(
+        self, latents: torch.Tensor, batch_size: int | None = None, conditioning: list[Condition] | None = None
+    ) -> torch.Tensor:
         """
-        Pictures of clean latents, by the pipeline's own decoding.
+        Pictures or videos of clean latents, by the pipeline's own decoding.
 
         Args:
             latents (`torch.Tensor` of shape `(n, *latent)`): At the end of the grid that [`FlowPolicy.sigmas`] gives.
             batch_size (`int`, *optional*): Largest number of latents decoded at once.
+            conditioning (`list[Condition]`, *optional*): Of the rows: some pipelines put the picture that they started
+                from back into the video.
 
         Returns:
-            `torch.Tensor` of shape `(n, 3, height, width)` in [0, 1], float32, on the CPU.
+            `torch.Tensor` of shape `(n, 3, height, width)`, for videos `(n, frames, 3, height, width)`, in [0, 1],
+            float32, on the CPU.
         """
         latents = self.clean(latents)
-        if self.family.scheduler == "ddim":
-            latents = latents.to(self.pipeline.vae.dtype)  # flow pipelines cast what they are given, these do not
-        return torch.cat(
-            [
-                self._idle_call(latents=rows, num_inference_steps=1, output_type="pt").float().cpu()
-                for rows in latents.split(batch_size or len(latents))
-            ]
-        )
+        conditioning = conditioning or [self.blank()] * len(latents)
+        decoded = {}
+        for batch in self._batches(conditioning):
+            for rows in torch.tensor(batch).split(batch_size or len(batch)):
+                part = [conditioning[row] for row in rows.tolist()]
+                pictures = self._ask(
+                    self._idle, self._idle_answers, latents[rows.to(latents.device)], part, output_type="pt"
+                )
+                decoded |= zip(rows.tolist(), pictures.float().cpu(), strict=True)
+        return torch.stack([decoded[row] for row in range(len(latents))])
 
     @functools.cached_property
+    def _blank_output(self) -> torch.Tensor:
+        return self.decode(torch.zeros(1, *self.latent_shape, device=self.device))
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the pictures in pixels."""
-        return tuple(self.decode(torch.zeros(1, *self.latent_shape, device=self.device)).shape[-2:])
+        return tuple(self._blank_output.shape[-2:])
 
-    def sigmas(self, num_inference_steps: int) -> torch.Tensor:
+    @property
+    def is_video(self) -> bool:
+        """Whether the pipeline makes videos."""
+        return self._blank_output.ndim == 5
+
+    @torch.no_grad()
+    def sigmas(self, num_inference_steps: int, sigmas: list[float] | None = None) -> torch.Tensor:
         """
         The descending grid of T + 1 flow times that the pipeline itself uses for T steps, float32, on the CPU.
 
         It ends at 0; for diffusion pipelines, it is that of DDIM's timesteps and ends where DDIM does, which is above
         0 when the scheduler has `set_alpha_to_one=False`.
+
+        Args:
+            num_inference_steps (`int`): T.
+            sigmas (`list[float]`, *optional*): T flow times, as the pipeline's call takes them: before its scheduler's
+                shift, without the final 0.
         """
-        self._idle_call(num_inference_steps=num_inference_steps, output_type="latent")
-        grid, end = self._idle.scheduler.grid, self._idle.scheduler.final_sigma
-        if not (grid.diff() < 0).all() or grid[0] > 1 or grid[-1] != end:
+        arguments = {"num_inference_steps": num_inference_steps}
+        if sigmas is not None:
+            if "sigmas" not in inspect.signature(self._call).parameters:
+                raise ValueError(f"sigmas={sigmas}: {type(self.pipeline).__name__} takes no sigmas. Leave them unset.")
+            if len(sigmas) != num_inference_steps:
+                raise ValueError(
+                    f"sigmas has {len(sigmas)} values: expected num_inference_steps={num_inference_steps}."
+                )
+            arguments["sigmas"] = sigmas
+        latents = torch.zeros(1, *self.latent_shape, device=self.device)
+        self._ask(self._idle, self._idle_answers, latents, [self.blank()], output_type="latent", **arguments)
+        idle = self._idle.scheduler
+        grid, end = idle.grid, idle.final_sigma
+        if len(grid) != num_inference_steps + 1 or not (grid.diff() < 0).all() or grid[0] > 1 or grid[-1] != end:
             raise ValueError(
-                f"The pipeline's sigma grid for {num_inference_steps} steps is {grid.tolist()}: expected it to descend "
-                f"from at most 1 to {end}."
+                f"The pipeline's sigma grid for {num_inference_steps} steps is {grid.tolist()}: expected "
+                f"{num_inference_steps + 1} values that descend from at most 1 to {end}."
             )
+        if self.is_flow:
+            known = dict(zip(grid[:-1].tolist(), idle.grid_timesteps, strict=True))
+            self._query.scheduler.known_timesteps = {**self._query.scheduler.known_timesteps, **known}
         return grid
 
     def initial_scale(self, sigmas: torch.Tensor) -> float:
@@ -285,53 +444,77 @@ class FlowPolicy(nn.Module):
         """
         return self._idle.scheduler.initial_scale(sigmas[0].item())
 
+    @property
+    def sampler(self) -> str | None:
+        """Class of the scheduler that samples as in training, where it may not be the checkpoint's own."""
+        return None if self.is_flow else "DDIMScheduler"
+
     @contextmanager
     def guided(self, guidance_scale: float | None):
         """Context with another guidance scale; `None` changes nothing."""
-        if guidance_scale is None:
-            yield
-            return
-        usual, usual_arguments = self.guidance_scale, self.call_arguments
-        self.guidance_scale = guidance_scale
-        if "guidance_scale" in usual_arguments:
-            self.call_arguments = {**usual_arguments, "guidance_scale": guidance_scale}
+        usual = self.guidance_scale
+        if guidance_scale is not None:
+            self._set_guidance(guidance_scale)
         try:
             yield
         finally:
-            self.guidance_scale, self.call_arguments = usual, usual_arguments
+            self._set_guidance(usual)
 
+    @contextmanager
     def reference(self):
-        """Context in which the policy is the frozen base model (the adapter is off)."""
-        return self.denoiser.disable_adapter()
+        """
+        Context in which the policy is the frozen base model. An adapter is switched off; for full fine-tuning, copies of
+        the denoisers take their place, which must have been made by [`FlowPolicy.keep_reference`] before training.
+        """
+        with ExitStack() as stack:
+            for name, denoiser in self.denoisers.items():
+                if self.full_finetuning:
+                    setattr(self._query, name, self._references[name])
+                    stack.callback(setattr, self._query, name, denoiser)
+                else:
+                    stack.enter_context(denoiser.disable_adapter())
+            yield
+
+    def keep_reference(self):
+        """Keeps frozen copies of the denoisers for [`FlowPolicy.reference`], where no adapter can be switched off."""
+        if self.full_finetuning:
+            self._references = {
+                name: copy.deepcopy(denoiser).requires_grad_(False) for name, denoiser in self.denoisers.items()
+            }
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs):
-        """Recomputes the denoiser's activations in the backward pass. diffusers' checkpointing takes no options."""
+        """Recomputes the denoisers' activations in the backward pass. diffusers' checkpointing takes no options."""
         if gradient_checkpointing_kwargs:
             raise ValueError(
                 f"gradient_checkpointing_kwargs={gradient_checkpointing_kwargs}: diffusers models take no options for "
                 "activation checkpointing. Leave it unset."
             )
-        self._base_denoiser.enable_gradient_checkpointing()
+        for name in self.components:
+            getattr(self.pipeline, name).enable_gradient_checkpointing()
 
     activation_checkpointing_enable = gradient_checkpointing_enable
 
-    @property
-    def _base_denoiser(self):
-        return getattr(self.pipeline, self.family.component)
+    def _ask(self, pipeline, answers: Answers, latents: torch.Tensor, conditioning: list[Condition], **arguments):
+        """One call of a pipeline whose encoders are not run."""
+        with answers.about(conditioning, latents):
+            return self._run(
+                pipeline, [condition.prompt for condition in conditioning], conditioning[0].image, **arguments
+            )
 
-    @torch.no_grad()
-    def _idle_call(self, latents: torch.Tensor | None = None, **arguments) -> torch.Tensor:
-        conditioning = self.encode("")
-        if latents is not None:
-            conditioning = {name: value.expand(len(latents), *value.shape[1:]) for name, value in conditioning.items()}
-        result = self._call(
-            self._idle,
-            latents=latents,
+    def _run(self, pipeline, prompts: list[str], image: Image.Image | None, **arguments):
+        # Where nothing is denoised, two steps are the fewest of which every scheduler can make a grid.
+        arguments = {"num_inference_steps": 2, **self.call_arguments, **arguments}
+        if image is not None:
+            arguments["image"] = image
+        # One prompt as a text: some pipelines take no list.
+        several = len(prompts) > 1
+        if self.negative_prompt is not None:
+            arguments["negative_prompt"] = [self.negative_prompt] * len(prompts) if several else self.negative_prompt
+        return self._call(
+            pipeline,
+            prompt=list(prompts) if several else prompts[0],
             # A generator of its own: asking for a shape must not move the global random state.
             generator=torch.Generator().manual_seed(0),
             return_dict=False,
-            **conditioning,
             **arguments,
-            **self.call_arguments,
         )[0]
-        return result

@@ -18,6 +18,8 @@ import os
 
 from diffusers import DiffusionPipeline
 
+from .families import FAMILIES, PipelineFamily
+
 
 def load_pipeline(model: "str | os.PathLike | DiffusionPipeline", **kwargs) -> DiffusionPipeline:
     """
@@ -33,17 +35,40 @@ def load_pipeline(model: "str | os.PathLike | DiffusionPipeline", **kwargs) -> D
     """
     if isinstance(model, DiffusionPipeline):
         return model
-    if model == "shapes":
-        from ..shapes import PIPELINE_PATH
-
-        model = PIPELINE_PATH
     try:
-        return DiffusionPipeline.from_pretrained(str(model), **kwargs)
+        return DiffusionPipeline.from_pretrained(_place(model), **kwargs)
     except OSError as error:
         raise ValueError(
             f"model={str(model)!r} could not be loaded: expected 'shapes' (the embedded pipeline), a directory that "
             f"holds a diffusers pipeline, or the id of one on the Hub. {error}"
         ) from error
+
+
+def find_record(model: "str | os.PathLike", **kwargs) -> PipelineFamily:
+    """
+    The record of the family that a model's pipeline belongs to, without loading the model.
+
+    Args:
+        model (`str`): As for [`load_pipeline`].
+        kwargs: Passed to [`~diffusers.DiffusionPipeline.load_config`].
+
+    Returns:
+        [`PipelineFamily`]: for a pipeline that has no record, one with the defaults of all and without layers.
+    """
+    config = DiffusionPipeline.load_config(_place(model), **kwargs)
+    name = config["_class_name"]
+    for family in FAMILIES:
+        if name in family.pipelines:
+            return family
+    return PipelineFamily(name, (name,), lora_target_modules=())
+
+
+def _place(model: "str | os.PathLike") -> str:
+    if model == "shapes":
+        from ..shapes import PIPELINE_PATH
+
+        return str(PIPELINE_PATH)
+    return str(model)
 
 
 def default_call_arguments(model) -> dict:

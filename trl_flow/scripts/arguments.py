@@ -33,10 +33,12 @@ class FlowScriptArguments:
             float32 whatever this is.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that the pipeline's repository brings along.
-        lora_r (`int`, *optional*, defaults to `32`):
-            Rank of the adapter.
-        lora_alpha (`int`, *optional*, defaults to `64`):
-            Scale of the adapter: its update is multiplied by `lora_alpha / lora_r`.
+        lora_r (`int`, *optional*):
+            Rank of the adapter. By default that of the pipeline's family, mostly 32.
+        lora_alpha (`int`, *optional*):
+            Scale of the adapter: its update is multiplied by `lora_alpha / lora_r`. By default twice the rank.
+        use_dora (`bool`, *optional*, defaults to `False`):
+            Whether the adapter is weight-decomposed (DoRA). diffusers cannot load it; PEFT can.
         lora_target_modules (`list[str]`, *optional*):
             Names of the layers to adapt. By default those that suit the pipeline's family.
         reward_funcs (`list[str]`, *optional*):
@@ -69,6 +71,7 @@ class FlowScriptArguments:
             "lora_r",
             "lora_alpha",
             "lora_target_modules",
+            "use_dora",
         ],
         "Rewards and prompts": [
             "reward_funcs",
@@ -102,10 +105,19 @@ class FlowScriptArguments:
         default=False,
         metadata={"help": "Whether to run code that the pipeline's repository brings along."},
     )
-    lora_r: int = field(default=32, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(
-        default=64,
-        metadata={"help": "Scale of the adapter: its update is multiplied by `lora_alpha / lora_r`."},
+    lora_r: int | None = field(
+        default=None,
+        metadata={"help": "Rank of the adapter. By default that of the pipeline's family, mostly 32."},
+    )
+    lora_alpha: int | None = field(
+        default=None,
+        metadata={
+            "help": "Scale of the adapter: its update is multiplied by `lora_alpha / lora_r`. By default twice the rank."
+        },
+    )
+    use_dora: bool = field(
+        default=False,
+        metadata={"help": "Whether the adapter is weight-decomposed (DoRA). diffusers cannot load it; PEFT can."},
     )
     lora_target_modules: list[str] | None = field(
         default=None,
@@ -149,7 +161,7 @@ class FlowScriptArguments:
     )
 
     def __post_init__(self):
-        if self.lora_r < 1:
+        if self.lora_r is not None and self.lora_r < 1:
             raise ValueError(f"lora_r={self.lora_r}: the rank of the adapter must be at least 1")
         if self.num_eval_prompts is not None and self.num_eval_prompts < 1:
             raise ValueError(f"num_eval_prompts={self.num_eval_prompts}: expected at least 1")

@@ -331,9 +331,9 @@ def main(args: GenerateArguments):
     count = args.num_images_per_prompt
     base_pictures = generate(pipeline, prompts, count, args.seed, sampling, "base") if args.compare else None
     if args.adapter is not None:
-        from ..hub import load_adapter
+        from ..hub import load_trained
 
-        load_adapter(pipeline, args.adapter, revision=args.adapter_revision)
+        load_trained(pipeline, args.adapter, revision=args.adapter_revision)
     pictures = generate(pipeline, prompts, count, args.seed, sampling, "adapter" if args.adapter else "base")
 
     output = Path(args.output)
@@ -345,13 +345,12 @@ def main(args: GenerateArguments):
 
 def _sample_as_in_training(pipeline):
     """Diffusion models are trained and evaluated with DDIM, whatever scheduler their checkpoint names."""
-    import diffusers
+    from diffusers import DDIMScheduler
 
-    from ..policy import FAMILIES
+    from ..policy import is_flow
 
-    for family in FAMILIES:
-        if type(pipeline).__name__ in family.pipelines and family.sampler is not None:
-            pipeline.scheduler = getattr(diffusers, family.sampler).from_config(pipeline.scheduler.config)
+    if not is_flow(pipeline.scheduler):
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
 
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):

@@ -228,8 +228,6 @@ class _WriteConfig(TrainerCallback):
 
 def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training_args: Any):
     """The trainer, with prompts and adapter as the arguments say."""
-    from peft import LoraConfig
-
     train_dataset = load_script_prompts(script_args, script_args.dataset_train_split)
     eval_dataset = None
     if training_args.eval_strategy != "no":
@@ -248,12 +246,27 @@ def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training
         eval_dataset=eval_dataset,
         eval_reward_funcs=script_args.eval_reward_funcs,
         callbacks=callbacks,
-        peft_config=LoraConfig(
-            r=script_args.lora_r,
-            lora_alpha=script_args.lora_alpha,
-            target_modules=script_args.lora_target_modules,
-            init_lora_weights="gaussian",
-        ),
+        peft_config=make_peft_config(script_args, training_args.model_init_kwargs),
+    )
+
+
+def make_peft_config(script_args: FlowScriptArguments, loading: dict):
+    """The adapter that was asked for; `None`, which is the default of the pipeline's family, where nothing was said."""
+    from peft import LoraConfig
+
+    from ..policy import find_record
+
+    given = (script_args.lora_r, script_args.lora_alpha, script_args.lora_target_modules)
+    if given == (None, None, None) and not script_args.use_dora:
+        return None
+    record = find_record(script_args.model_name_or_path, revision=loading.get("revision"))
+    rank = script_args.lora_r or record.lora_r
+    return LoraConfig(
+        r=rank,
+        lora_alpha=script_args.lora_alpha or 2 * rank,
+        target_modules=script_args.lora_target_modules,
+        use_dora=script_args.use_dora,
+        init_lora_weights="gaussian",
     )
 
 

@@ -17,6 +17,7 @@
 import itertools
 from collections.abc import Callable
 
+import PIL.Image
 from datasets import Dataset
 
 from ..prompts import PROMPT_SETS, load_prompts
@@ -51,7 +52,7 @@ def check_dataset(dataset, argument: str):
         raise ValueError(f"{argument} has the columns {dataset.column_names}: expected one named 'prompt'.")
     if len(dataset) == 0:
         raise ValueError(f"{argument} is empty.")
-    reserved = {"prompts", "images", "completions", "trainer_state", "log_extra", "log_metric"}
+    reserved = {"prompts", "images", "videos", "completions", "trainer_state", "log_extra", "log_metric"}
     if clash := sorted(reserved & set(dataset.column_names)):
         raise ValueError(
             f"{argument} has columns {clash}, names that reward functions get other things by. Rename them."
@@ -59,3 +60,17 @@ def check_dataset(dataset, argument: str):
     for number, prompt in enumerate(dataset["prompt"]):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{argument}: the prompt of row {number} is {prompt!r}; expected a text.")
+
+
+def check_images(dataset: Dataset, argument: str):
+    """Refuses a dataset without pictures, for a pipeline that starts from one."""
+    if "image" not in dataset.column_names:
+        raise ValueError(
+            f"{argument} has the columns {dataset.column_names}: the pipeline starts from a picture, expected one named "
+            "'image' beside 'prompt'."
+        )
+    if not isinstance(dataset[0]["image"], PIL.Image.Image):
+        raise ValueError(
+            f"{argument}: the image of row 0 is a {type(dataset[0]['image']).__name__}; expected a PIL picture. Cast the "
+            "column with dataset.cast_column('image', datasets.Image())."
+        )

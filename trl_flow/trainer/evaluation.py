@@ -74,16 +74,17 @@ class EvaluationMixin:
                     seeded_noise(args.seed, "eval", number, num_draws=1, latent_shape=self.policy.latent_shape)
                     for number in numbers
                 ]
+                conditioning = self.conditioning([row["prompt"] for row in rows], self.images(rows))
                 rollout = execute(
                     plan,
-                    self.velocity([row["prompt"] for row in rows]),
+                    self.velocity(conditioning),
                     sigmas,
                     torch.stack(noise).to(self.accelerator.device),
                     [0.0] * plan.num_steps,
                     batch_size=args.rollout_batch_size,
                     initial_scale=self.policy.initial_scale(sigmas),
                 )
-                pictures = self.decode(rollout.leaves[:, 0])
+                pictures = self.decode(rollout.leaves[:, 0], conditioning)
                 scores.append(self.calculate_rewards(funcs, names, rows, pictures))
                 images |= {n: p for n, p in zip(numbers, pictures, strict=True) if n < args.num_logged_images}
                 self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)

@@ -16,6 +16,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -59,19 +60,28 @@ class FlowGRPOConfig(_BaseConfig):
             Number of denoising steps T of a training rollout.
         num_eval_inference_steps (`int`, *optional*, defaults to `40`):
             Number of deterministic denoising steps at evaluation.
-        guidance_scale (`float`, *optional*, defaults to `4.5`):
-            Guidance, in rollouts, training and evaluation, as the pipeline means it.
+        guidance_scale (`float`, *optional*):
+            Guidance, in rollouts, training and evaluation, as the pipeline means it. Defaults to that of the pipeline's
+            family: 4.5 for Stable Diffusion 3, 3.5 (distilled) for FLUX.1 ...
         eval_guidance_scale (`float`, *optional*):
             Guidance in evaluation, where it differs: Flow-GRPO's authors advise to train without guidance and to use it
             afterwards.
+        sigmas (`list[float]`, *optional*):
+            Grid of a training rollout: T descending flow times, as the pipeline's `sigmas` argument takes them, before its
+            scheduler's shift and without the final 0. Defaults to the pipeline's.
         height (`int`, *optional*):
-            Height of the pictures in pixels. Defaults to the pipeline's.
+            Height of the pictures in pixels. Defaults to the family's, else the pipeline's.
         width (`int`, *optional*):
-            Width of the pictures in pixels. Defaults to the pipeline's.
+            Width of the pictures in pixels. Defaults to the family's, else the pipeline's.
+        num_frames (`int`, *optional*):
+            Number of frames of the videos. Defaults to the family's, else the pipeline's.
         max_sequence_length (`int`, *optional*):
             Number of text tokens. Defaults to the pipeline's.
-        negative_prompt (`str`, *optional*, defaults to `""`):
-            Prompt of the unconditional branch when guidance is on.
+        negative_prompt (`str`, *optional*):
+            Prompt of the unconditional branch when guidance is on. Defaults to the family's, mostly none, which is not the
+            same as `""` to all pipelines.
+        generation_kwargs (`dict`, *optional*):
+            More arguments of the pipeline's call, such as `{"true_cfg_scale": 4.0}`.
         sde_type (`str`, *optional*, defaults to `"flow"`):
             Dynamics of the stochastic steps: `"flow"`, `"dance"` or `"cps"`.
         noise_level (`float`, `list[float]` or `str`, *optional*, defaults to `0.7`):
@@ -102,6 +112,11 @@ class FlowGRPOConfig(_BaseConfig):
 
         learning_rate (`float`, *optional*, defaults to `3e-4`):
             Learning rate of AdamW.
+        full_finetuning (`bool`, *optional*, defaults to `False`):
+            Trains all weights of the denoiser, in float32, instead of an adapter. Wants a much smaller learning rate.
+        adapter_name_or_path (`str`, *optional*):
+            Adapter to continue from, a Hub id or a directory in PEFT's or diffusers' format, with its own rank and layers.
+            With `beta` above 0 the divergence is still that from the base model.
         num_iterations (`int`, *optional*, defaults to `1`):
             Number of passes over each rollout.
         steps_per_generation (`int`, *optional*):
@@ -163,23 +178,48 @@ class FlowGRPOConfig(_BaseConfig):
     num_eval_inference_steps: int = field(
         default=40, metadata={"help": "Number of deterministic denoising steps at evaluation."}
     )
-    guidance_scale: float = field(
-        default=4.5, metadata={"help": "Guidance, in rollouts, training and evaluation, as the pipeline means it."}
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Guidance, in rollouts, training and evaluation, as the pipeline means it. Defaults to that of the "
+            "pipeline's family: 4.5 for Stable Diffusion 3, 3.5 (distilled) for FLUX.1 ..."
+        },
     )
     eval_guidance_scale: float | None = field(
         default=None, metadata={"help": "Guidance in evaluation. Defaults to `guidance_scale`."}
     )
+    sigmas: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Grid of a training rollout: T descending flow times, as the pipeline's `sigmas` argument takes them, "
+            "before its scheduler's shift and without the final 0. Defaults to the pipeline's."
+        },
+    )
     height: int | None = field(
-        default=None, metadata={"help": "Height of the pictures in pixels. Defaults to the pipeline's."}
+        default=None,
+        metadata={"help": "Height of the pictures in pixels. Defaults to the family's, else the pipeline's."},
     )
     width: int | None = field(
-        default=None, metadata={"help": "Width of the pictures in pixels. Defaults to the pipeline's."}
+        default=None,
+        metadata={"help": "Width of the pictures in pixels. Defaults to the family's, else the pipeline's."},
+    )
+    num_frames: int | None = field(
+        default=None,
+        metadata={"help": "Number of frames of the videos. Defaults to the family's, else the pipeline's."},
     )
     max_sequence_length: int | None = field(
         default=None, metadata={"help": "Number of text tokens. Defaults to the pipeline's."}
     )
-    negative_prompt: str = field(
-        default="", metadata={"help": "Prompt of the unconditional branch when guidance is on."}
+    negative_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt of the unconditional branch when guidance is on. Defaults to the family's, mostly none, which "
+            'is not the same as "" to all pipelines.'
+        },
+    )
+    generation_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "More arguments of the pipeline's call, as JSON, such as '{\"true_cfg_scale\": 4.0}'."},
     )
     sde_type: str = field(
         default="flow",
@@ -229,6 +269,20 @@ class FlowGRPOConfig(_BaseConfig):
     advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clamped to this absolute value."})
 
     # Training
+    full_finetuning: bool = field(
+        default=False,
+        metadata={
+            "help": "Train all weights of the denoiser, in float32, instead of an adapter. Wants a much smaller learning "
+            "rate."
+        },
+    )
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter to continue from, a Hub id or a directory in PEFT's or diffusers' format, with its own rank "
+            "and layers."
+        },
+    )
     num_iterations: int = field(default=1, metadata={"help": "Number of passes over each rollout."})
     steps_per_generation: int | None = field(
         default=None,
@@ -336,6 +390,22 @@ class FlowGRPOConfig(_BaseConfig):
             self.multi_objective_aggregation,
             ("sum_then_normalize", "normalize_then_sum"),
         )
+        if isinstance(self.generation_kwargs, str):
+            self.generation_kwargs = json.loads(self.generation_kwargs)
+        if self.full_finetuning and self.adapter_name_or_path is not None:
+            raise ValueError(
+                f"adapter_name_or_path={self.adapter_name_or_path!r} continues an adapter, and full_finetuning=True trains "
+                "none. Drop one of them."
+            )
+        if self.sigmas is not None:
+            self.sigmas = [float(sigma) for sigma in self.sigmas]
+            if len(self.sigmas) != self.num_inference_steps or not all(
+                1 >= a > b > 0 for a, b in itertools.pairwise(self.sigmas)
+            ):
+                raise ValueError(
+                    f"sigmas={self.sigmas}: expected num_inference_steps={self.num_inference_steps} numbers that descend "
+                    "from at most 1 and end above 0."
+                )
         if self.num_generations < 2:
             raise ValueError(
                 f"num_generations={self.num_generations}: a group needs at least 2 samples to have an advantage."

@@ -26,7 +26,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
-from peft import PeftConfig
+from peft import PeftConfig, set_peft_model_state_dict
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -34,6 +34,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..credit import outcome
+from ..hub import read_adapter
 from ..objective import (
     clipped_loss,
     guarded_ratio,
@@ -44,7 +45,7 @@ from ..objective import (
 from ..policy import FlowPolicy, default_call_arguments, load_pipeline
 from ..report import ProgressLine, write_report
 from ..rollout import Plan, Rollout, chain_plan, coefficients, log_prob, transition
-from .arguments import check_dataset, load_rewards, own_prompts
+from .arguments import check_dataset, check_images, load_rewards, own_prompts
 from .evaluation import EvaluationMixin
 from .flow_grpo_config import FlowGRPOConfig
 from .noise_table import load_noise_table
@@ -185,19 +186,36 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         for name, value in default_call_arguments(model).items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
+        adapter = read_adapter(pipeline, args.adapter_name_or_path) if args.adapter_name_or_path else {}
+        if adapter and peft_config is not None:
+            raise ValueError(
+                f"adapter_name_or_path={args.adapter_name_or_path!r} brings its own configuration: peft_config would have "
+                "no effect. Drop one of them."
+            )
         self.policy = FlowPolicy(
             pipeline,
-            peft_config,
+            {name: config for name, (config, _) in adapter.items()} or peft_config,
             height=args.height,
             width=args.width,
+            num_frames=args.num_frames,
             guidance_scale=args.guidance_scale,
             negative_prompt=args.negative_prompt,
             max_sequence_length=args.max_sequence_length,
+            generation_kwargs=args.generation_kwargs,
+            full_finetuning=args.full_finetuning,
         )
+        for name, (_, weights) in adapter.items():
+            set_peft_model_state_dict(self.policy.denoisers[name], weights)
+        if args.beta > 0:
+            self.policy.keep_reference()
+        if self.policy.family.image == "required":
+            check_images(train_dataset, "train_dataset")
+            if eval_dataset is not None:
+                check_images(eval_dataset, "eval_dataset")
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.to(args.device)
-        self.sigmas = self.policy.sigmas(args.num_inference_steps)
+        self.sigmas = self.policy.sigmas(args.num_inference_steps, args.sigmas)
         self.noise_levels = self._resolve_noise_levels()
         self._check_kl()
         stds = [self._coefficients(step)[1] for step in self.sde_steps]
@@ -214,7 +232,8 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         self._rows_trained = 0
         self._elapsed = 0.0
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False
+            # Of two denoisers only one is used at a time.
+            args.ddp_find_unused_parameters = len(self.policy.components) > 1
         super().__init__(
             model=self.policy,
             args=args,

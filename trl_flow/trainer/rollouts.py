@@ -19,8 +19,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from ..credit import assign_credit, combine_rewards
 from ..rewards import NothingToLearnError, check_rewards, score
@@ -31,13 +33,21 @@ from .transitions import select_transitions
 class RolloutMixin:
     """The part of the trainer that samples and scores."""
 
-    def velocity(self, prompts: list[str]) -> Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]:
+    def conditioning(self, prompts: list[str], images: list[torch.Tensor] | None) -> list:
+        """The policy's conditioning on prompts, and on the pictures `(height, width, 3)`, uint8, that they start from."""
+        return self.policy.conditioning(prompts, images and [Image.fromarray(image.numpy()) for image in images])
+
+    def images(self, rows: list[dict]) -> list[torch.Tensor] | None:
+        """The pictures that rows of a dataset start from, where the pipeline starts from any."""
+        if not self.policy.family.image or "image" not in rows[0]:
+            return None
+        return [torch.from_numpy(np.array(row["image"].convert("RGB"))) for row in rows]
+
+    def velocity(self, conditioning: list) -> Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]:
         """The executor's view of the policy, for a batch of prompts."""
-        table = self.policy.conditioning(prompts)
 
         def velocity(latents, sigma, prompt):
-            prompt = prompt.to(self.policy.device)
-            return self.model(latents, sigma, {name: value[prompt] for name, value in table.items()})
+            return self.model(latents, sigma, [conditioning[number] for number in prompt.tolist()])
 
         return velocity
 
@@ -47,7 +57,7 @@ class RolloutMixin:
         plan, sigmas = self.plan(sde_steps), self.rollout_sigmas(sde_steps)
         # Steps beyond the trainer's own grid are not stochastic.
         noise_levels = (self.noise_levels + [0.0] * plan.num_steps)[: plan.num_steps]
-        prompts = [row["prompt"] for row in rows]
+        prompts, images = [row["prompt"] for row in rows], self.images(rows)
         device = self.accelerator.device
         # As many prompts at once as fill a forward: few large batches instead of many small ones.
         prompts_per_sweep = max(1, args.rollout_batch_size // plan.width)
@@ -59,15 +69,16 @@ class RolloutMixin:
             keys.append(f"{self._step}|{prompt}|{seen[prompt]}")
             seen[prompt] += 1
         for start in range(0, len(rows), prompts_per_sweep):
-            part = prompts[start : start + prompts_per_sweep]
+            part = slice(start, start + prompts_per_sweep)
+            conditioning = self.conditioning(prompts[part], images and images[part])
             noise = [
                 seeded_noise(args.seed, "train", key, num_draws=plan.num_draws, latent_shape=self.policy.latent_shape)
-                for key in keys[start : start + len(part)]
+                for key in keys[part]
             ]
             with timed(times, "rollout"):
                 rollout = execute(
                     plan,
-                    self.velocity(part),
+                    self.velocity(conditioning),
                     sigmas,
                     torch.stack(noise).to(device),
                     noise_levels,
@@ -79,15 +90,14 @@ class RolloutMixin:
             observed.append(self.observe(rollout))
             nodes.append(torch.stack(list(rollout.nodes.values()), dim=1))
             with timed(times, "decode"):
-                images = self.decode(rollout.leaves.flatten(0, 1))
+                pictures = self.decode(
+                    rollout.leaves.flatten(0, 1), [condition for condition in conditioning for _ in plan.leaves]
+                )
             with timed(times, "reward"):
                 values = self.calculate_rewards(
-                    self.reward_funcs,
-                    self.reward_names,
-                    [row for row in rows[start : start + len(part)] for _ in plan.leaves],
-                    images,
+                    self.reward_funcs, self.reward_names, [row for row in rows[part] for _ in plan.leaves], pictures
                 )
-            scores.append(values.unflatten(0, (len(part), len(plan.leaves))))
+            scores.append(values.unflatten(0, (len(conditioning), len(plan.leaves))))
         rewards = torch.cat(scores)  # (B, L, R)
         # Counted over all processes: one of them alone must not leave the others waiting.
         used = rewards[..., self.reward_weights != 0]
@@ -124,6 +134,7 @@ class RolloutMixin:
             "parents": torch.tensor([[position[e.parent] for e in group] for group in edges]),
             "children": torch.tensor([[position[e.child] for e in group] for group in edges]),
             "prompts": prompts,
+            "images": images,
             "keys": keys,
             "old": None,
         }
@@ -141,9 +152,10 @@ class RolloutMixin:
                 micro_batch["old"] = self.old_statistics(micro_batch)
         return micro_batches
 
-    def decode(self, latents: torch.Tensor) -> list:
-        """PIL pictures of clean latents `(n, *latent)`."""
-        return _to_pil(self.policy.decode(latents, self.args.rollout_batch_size))
+    def decode(self, latents: torch.Tensor, conditioning: list) -> list:
+        """PIL pictures of clean latents `(n, *latent)`; of videos, lists of their frames."""
+        decoded = self.policy.decode(latents, self.args.rollout_batch_size, conditioning)
+        return [_to_pil(video) for video in decoded] if decoded.ndim == 5 else _to_pil(decoded)
 
     def check_reward_functions(self):
         """Calls the reward functions on test pictures, so that one that cannot work is found before any work is spent."""

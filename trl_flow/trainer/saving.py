@@ -20,10 +20,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
 
-from ..hub import create_model_card, save_adapter
+from ..hub import create_model_card, load_policy, save_policy
 
 
 RUN_FILE = "run.json"
@@ -98,14 +96,7 @@ class SavingMixin:
         if not self.args.should_save:
             return
         output_dir = output_dir or self.args.output_dir
-        save_adapter(
-            self.policy.denoiser,
-            type(self.policy.pipeline),
-            self.policy.family.component,
-            output_dir,
-            self.base_model or None,
-            state_dict,
-        )
+        save_policy(self.policy, output_dir, self.base_model or None, state_dict)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _save_checkpoint(self, model, trial):
@@ -129,12 +120,7 @@ class SavingMixin:
             torch.save(state, os.path.join(folder, f"rollout_state_{self.args.process_index}.pt"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
-        weights = load_file(os.path.join(resume_from_checkpoint, "adapter_model.safetensors"))
-        outcome_of_load = set_peft_model_state_dict(self.policy.denoiser, weights)
-        if outcome_of_load.unexpected_keys:
-            raise ValueError(
-                f"{resume_from_checkpoint} is of another adapter: {outcome_of_load.unexpected_keys[:3]} ... do not fit."
-            )
+        load_policy(self.policy, resume_from_checkpoint)
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -203,14 +189,19 @@ class SavingMixin:
             call_arguments={
                 "num_inference_steps": self.args.num_eval_inference_steps,
                 **self.policy.call_arguments,
-                **({} if self.args.eval_guidance_scale is None else {"guidance_scale": self.args.eval_guidance_scale}),
+                **(
+                    {self.policy.family.guidance: self.args.eval_guidance_scale}
+                    if self.args.eval_guidance_scale is not None
+                    and self.policy.family.guidance in self.policy.call_arguments
+                    else {}
+                ),
                 **({"negative_prompt": self.policy.negative_prompt} if self.policy.negative_prompt else {}),
             },
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
             model_name=model_name,
             hub_model_id=self.args.hub_model_id,
-            component=self.policy.family.component,
-            scheduler=self.policy.family.sampler,
+            component=self.policy.components[0],
+            scheduler=self.policy.sampler,
             load_expression="trl_flow.policy.load_pipeline('shapes')" if self.base_model == "shapes" else None,
             steps=self.state.global_step,
             seconds=self._elapsed,

@@ -29,7 +29,7 @@ class TransitionChunk:
     sigma_next: float
     latents: torch.Tensor  # (n, *latent)
     next_latents: torch.Tensor  # (m, *latent)
-    conditioning: dict[str, torch.Tensor]  # n rows
+    conditioning: list  # of the n rows, as the policy takes it
     row: torch.Tensor  # (m,) parent of each child
     members: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (m,) prompt, step and group member of each child
 
@@ -37,7 +37,7 @@ class TransitionChunk:
 def transition_chunks(
     inputs: dict,
     sigmas: torch.Tensor,
-    conditioning: Callable[[list[str]], dict[str, torch.Tensor]],
+    conditioning: Callable[[list[str], list | None], list],
     batch_size: int,
     skip_uninformative: bool,
 ) -> Iterator[TransitionChunk]:
@@ -49,15 +49,16 @@ def transition_chunks(
 
     Args:
         inputs (`dict`): `nodes (B, K, *latent)`, `advantages (B, S, G)`, which of these are `trained (B, S, G)`,
-            `steps (S,)`, the positions of `parents` and `children (S, G)` among the nodes, and the B `prompts`.
+            `steps (S,)`, the positions of `parents` and `children (S, G)` among the nodes, the B `prompts`, and the
+            `images` that they start from or `None`.
         sigmas (`torch.Tensor` of shape `(T + 1,)`): The grid.
-        conditioning (`Callable`): Prompts -> their conditioning, one row each.
+        conditioning (`Callable`): Prompts and images -> their conditioning, one row each.
         batch_size (`int`): Largest number of rows of one chunk.
         skip_uninformative (`bool`): Leave out parents whose children all have advantage 0: without a KL term they have
             no gradient. At least one chunk remains, because every process takes part in an update.
     """
     num_prompts, device = len(inputs["prompts"]), inputs["nodes"].device
-    table, sigmas = conditioning(inputs["prompts"]), sigmas.tolist()
+    table, sigmas = conditioning(inputs["prompts"], inputs["images"]), sigmas.tolist()
     trained = inputs["trained"].cpu()
     informative = trained & (inputs["advantages"] != 0).cpu() if skip_uninformative else trained
     if not informative.any():
@@ -78,7 +79,7 @@ def transition_chunks(
                 sigma_next=sigmas[step + 1],
                 latents=inputs["nodes"][b_device, parents[u].to(device)],
                 next_latents=inputs["nodes"][b[row].to(device), inputs["children"][s][member].to(device)],
-                conditioning={name: value[b_device] for name, value in table.items()},
+                conditioning=[table[prompt] for prompt in b.tolist()],
                 row=row.to(device),
                 members=(b[row].to(device), torch.full_like(row, s).to(device), member.to(device)),
             )
@@ -95,6 +96,7 @@ def select_transitions(inputs: dict, prompts: range, steps: torch.Tensor) -> dic
         "parents": inputs["parents"][steps],
         "children": inputs["children"][steps],
         "prompts": [inputs["prompts"][b] for b in prompts],
+        "images": inputs["images"] and [inputs["images"][b] for b in prompts],
         "keys": [inputs["keys"][b] for b in prompts],
         "old": None,
     }

@@ -102,7 +102,7 @@ class UpdateMixin:
         return transition_chunks(
             inputs,
             self.sigmas,
-            self.policy.conditioning,
+            self.conditioning,
             self.args.transition_batch_size,
             self.args.beta == 0 and not self._trains_without_advantage,
         )

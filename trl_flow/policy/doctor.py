@@ -1,0 +1,387 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Whether a pipeline can be trained, found out by trying: the checks behind `trl-flow doctor`."""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch import nn
+
+from ..rollout import log_prob, transition
+from .conditioning import Condition
+from .diffusion import flow_sigmas, flow_velocity, latent_scale
+from .flow_policy import FlowPolicy
+from .schedulers import become, stepped
+
+
+# Largest replay error of a pipeline that is trained, relative to the velocity's standard deviation. In float32 the stock
+# pipeline and the policy run the same operations on the same numbers; in half precision a batch of another shape may
+# pick another kernel.
+REPLAY_BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+PROMPTS = ("a red circle", "two blue square")
+
+
+@dataclass
+class Diagnosis:
+    """
+    What [`examine`] found. Errors are largest absolute differences; `None` where an earlier check failed.
+
+    Attributes:
+        pipeline (`str`): Class of the pipeline.
+        family (`str` or `None`): Name of its record, or `"inferred"`.
+        problem (`str` or `None`): Why it cannot be trained.
+        warnings (`list[str]`): What costs time or accuracy.
+        replay_error (`float`): Policy against model outputs of the stock pipeline's own run, at its own latents.
+        picture_error (`float`): Pictures of a chain without noise against the stock pipeline's, in [0, 1].
+        ratio_error (`float`): Probability ratio of transitions in training against the rollout, less 1.
+        row_error (`float`): Rows in a batch of several prompts against each by itself.
+        gradient_coverage (`float`): Share of the trained tensors that a gradient reaches.
+        encoder_calls (`int`): Runs of frozen encoders within one velocity evaluation.
+        trained_parameters, total_parameters (`int`): Of the denoisers.
+        memory (`dict[str, float]`): GiB by what takes them, for one training forward of `transition_batch_size` rows.
+    """
+
+    pipeline: str
+    family: str | None = None
+    problem: str | None = None
+    warnings: list[str] = field(default_factory=list)
+    replay_error: float | None = None
+    picture_error: float | None = None
+    ratio_error: float | None = None
+    row_error: float | None = None
+    gradient_coverage: float | None = None
+    encoder_calls: int | None = None
+    trained_parameters: int | None = None
+    total_parameters: int | None = None
+    memory: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def trains(self) -> bool:
+        return self.problem is None
+
+
+class Untrainable(ValueError):
+    """A check has failed; its message says which and why."""
+
+
+class _Spy:
+    """Notes what the stock pipeline's steps are given. Schedulers of higher order take Euler steps instead of theirs."""
+
+    def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
+        sigma, sigma_next = (self.sigmas[len(self.noted) : len(self.noted) + 2].tolist() + [math.nan] * 2)[:2]
+        self.noted.append((sigma, sample.clone(), model_output.clone()))
+        if isinstance(self, FlowMatchEulerDiscreteScheduler):
+            return super().step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
+        stepped_to = sample.float() + (sigma_next - sigma) * model_output.float()
+        return stepped(stepped_to.to(sample.dtype), return_dict)
+
+
+class _DiffusionSpy:
+    """The same for DDIM, whose timesteps are its sigmas."""
+
+    def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
+        self.noted.append((int(timestep), sample.clone(), model_output.clone()))
+        return super().step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
+
+
+def examine(
+    pipeline: DiffusionPipeline,
+    num_inference_steps: int = 4,
+    transition_batch_size: int = 8,
+    image: Image.Image | None = None,
+    **settings,
+) -> Diagnosis:
+    """
+    Try everything that training relies on.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): The pipeline. Adapter layers are put into its denoisers.
+        num_inference_steps (`int`, *optional*, defaults to 4): Steps of the stock run that is compared with.
+        transition_batch_size (`int`, *optional*, defaults to 8): Rows of a training forward, for the memory estimate.
+        image (`PIL.Image.Image`, *optional*): For pipelines that start from one. Default: a grey one.
+        settings: Of [`FlowPolicy`].
+
+    Returns:
+        [`Diagnosis`]: with a `problem` where a check failed.
+    """
+    diagnosis = Diagnosis(type(pipeline).__name__)
+    try:
+        with torch.random.fork_rng():
+            policy = FlowPolicy(pipeline, **settings)
+            examine_policy(policy, diagnosis, num_inference_steps, transition_batch_size, image)
+    except Untrainable as problem:
+        diagnosis.problem = str(problem)
+    except Exception as error:  # whatever a pipeline raises that was not made for this
+        reason = str(error).strip().splitlines()
+        diagnosis.problem = f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
+    return diagnosis
+
+
+def examine_policy(
+    policy: FlowPolicy,
+    diagnosis: Diagnosis,
+    num_inference_steps: int = 4,
+    transition_batch_size: int = 8,
+    image: Image.Image | None = None,
+) -> None:
+    """[`examine`] for a policy that exists: notes what it finds in `diagnosis`, raises [`Untrainable`] for a problem."""
+    diagnosis.family = "inferred" if policy.family.inferred else policy.family.name
+    diagnosis.trained_parameters = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    diagnosis.total_parameters = sum(p.numel() for p in policy.parameters())
+    image = (image or policy.blank().image) if policy.family.image else None
+    with _awake_adapter(policy):
+        sigmas = policy.sigmas(num_inference_steps)
+        conditions = [policy.encode(prompt, image) for prompt in PROMPTS]
+        noted, pictures = _stock_run(policy, num_inference_steps, image)
+        _compare_replay(policy, diagnosis, sigmas, conditions[0], noted)
+        _compare_pictures(policy, diagnosis, sigmas, conditions[0], noted, pictures)
+        _compare_rows(policy, diagnosis, sigmas, conditions)
+        _compare_training(policy, diagnosis, sigmas, conditions[0], transition_batch_size)
+
+
+@contextmanager
+def _awake_adapter(policy: FlowPolicy):
+    """LoRA begins as zero, which would hide it: for a while it is what training may make of it."""
+    zero = [p for name, p in policy.named_parameters() if p.requires_grad and not p.any()]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in zero:
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in zero:
+                parameter.zero_()
+        for parameter in policy.parameters():
+            parameter.grad = None
+
+
+def _stock_run(policy: FlowPolicy, num_inference_steps: int, image) -> tuple[list, torch.Tensor]:
+    """The stock pipeline's own run: what its scheduler was given at each step, and its pictures."""
+    pipeline = policy.pipeline
+    own, checker = pipeline.scheduler, None
+    if "requires_safety_checker" in pipeline.config:
+        checker = pipeline.safety_checker
+    if policy.is_flow:
+        pipeline.scheduler = become(own, _Spy)
+    else:
+        pipeline.scheduler = become(DDIMScheduler.from_config(own.config), _DiffusionSpy)
+    pipeline.scheduler.noted = noted = []
+    if checker is not None:
+        pipeline.safety_checker = None
+    arguments = dict(policy.call_arguments)
+    if image is not None:
+        arguments["image"] = image
+    if policy.negative_prompt is not None:
+        arguments["negative_prompt"] = policy.negative_prompt
+    guider = getattr(pipeline, "guider", None)
+    if guider is not None:
+        pipeline.guider = guider.new(guidance_scale=policy.guidance_scale)
+    try:
+        with torch.no_grad():
+            pictures = pipeline(
+                prompt=PROMPTS[0],
+                num_inference_steps=num_inference_steps,
+                output_type="pt",
+                generator=torch.Generator().manual_seed(0),
+                return_dict=False,
+                **arguments,
+            )[0]
+    finally:
+        pipeline.scheduler = own
+        if checker is not None:
+            pipeline.safety_checker = checker
+        if guider is not None:
+            pipeline.guider = guider
+    return noted, torch.as_tensor(pictures).float().cpu()
+
+
+def _compare_replay(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, condition: Condition, noted: list):
+    if len(noted) != len(sigmas) - 1:
+        raise Untrainable(
+            f"the stock pipeline takes {len(noted)} steps where it is asked for {len(sigmas) - 1}: it does not begin "
+            "with noise, or denoises in several rounds"
+        )
+    if noted[0][1].shape[1:] != policy.latent_shape:
+        raise Untrainable(
+            f"the stock pipeline denoises latents of shape {tuple(noted[0][1].shape[1:])} and prepares ones of shape "
+            f"{policy.latent_shape}"
+        )
+    diagnosis.replay_error, scale = 0.0, 0.0
+    counted = _count_encoder_calls(policy)
+    with torch.no_grad(), counted as calls:
+        for sigma, (stock_sigma, sample, output) in zip(sigmas.tolist(), noted, strict=False):
+            if policy.is_flow:
+                if abs(stock_sigma - sigma) > 1e-6:
+                    raise Untrainable(f"the stock pipeline steps from sigma {stock_sigma} where its grid says {sigma}")
+                latents, expected = sample, output.float()
+            else:
+                alphas = DDIMScheduler.from_config(policy.pipeline.scheduler.config).alphas_cumprod
+                exact = flow_sigmas(alphas[stock_sigma]).item()
+                latents = sample.float() / latent_scale(exact)
+                prediction = policy.pipeline.scheduler.config.get("prediction_type", "epsilon")
+                expected = flow_velocity(output.float(), latents, exact, prediction)
+            velocity = policy(latents, sigma, [condition])
+            again = policy(latents, sigma, [condition])
+            if not torch.equal(velocity, again):
+                raise Untrainable(
+                    "the same latents give another velocity the second time: the model draws random numbers"
+                )
+            if not velocity.isfinite().all():
+                raise Untrainable(f"the velocity at sigma {sigma:.3g} is not finite")
+            diagnosis.replay_error = max(diagnosis.replay_error, (velocity - expected).abs().max().item())
+            scale = max(scale, expected.std().item())
+    diagnosis.encoder_calls = math.ceil(len(calls) / (2 * len(noted)))
+    if diagnosis.encoder_calls:
+        diagnosis.warnings.append(
+            f"{', '.join(sorted(set(calls)))} run within every velocity evaluation instead of once per prompt"
+        )
+    if diagnosis.replay_error > _bound(policy) * scale:
+        raise Untrainable(
+            f"the policy's velocity differs from the stock pipeline's by {diagnosis.replay_error:.2g} (its standard "
+            f"deviation is {scale:.2g})"
+        )
+
+
+@contextmanager
+def _count_encoder_calls(policy: FlowPolicy):
+    """Notes each run of a frozen model: text and image encoders, and the VAE's encoder."""
+    calls, handles = [], []
+    for name, component in policy.pipeline.components.items():
+        if not isinstance(component, nn.Module) or name in policy.components:
+            continue
+        encoder = getattr(component, "encoder", component) if name.startswith("vae") else component
+        if isinstance(encoder, nn.Module) and "encoder" in (name if not name.startswith("vae") else "encoder"):
+            handles.append(encoder.register_forward_pre_hook(lambda *_, name=name: calls.append(name)))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _bound(policy: FlowPolicy) -> float:
+    dtype = next(getattr(policy.pipeline, policy.components[0]).parameters()).dtype
+    return REPLAY_BOUNDS.get(dtype, REPLAY_BOUNDS[torch.bfloat16])
+
+
+@torch.no_grad()
+def _compare_pictures(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, condition: Condition, noted, pictures):
+    latents = noted[0][1].float()
+    if not policy.is_flow:
+        latents = latents * policy.initial_scale(sigmas)
+    grid = sigmas.tolist()
+    for sigma, sigma_next in zip(grid, grid[1:], strict=False):
+        latents = latents + (sigma_next - sigma) * policy(latents, sigma, [condition])
+    decoded = policy.decode(latents, conditioning=[condition])
+    if decoded.shape != pictures.shape or decoded.ndim not in (4, 5) or decoded.shape[-3] != 3:
+        raise Untrainable(
+            f"decoding gives {tuple(decoded.shape)} where the stock pipeline gives {tuple(pictures.shape)}: expected "
+            "pictures or videos"
+        )
+    diagnosis.picture_error = (decoded - pictures).abs().max().item()
+    # In half precision, the stock pipeline rounds its latents after every step, and we don't.
+    if diagnosis.picture_error > (1e-3 if _bound(policy) <= 1e-5 else 0.25):
+        raise Untrainable(
+            f"without noise, the policy's picture differs from the stock pipeline's by {diagnosis.picture_error:.2g}"
+        )
+
+
+@torch.no_grad()
+def _compare_rows(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, conditions: list[Condition]):
+    sigma = sigmas[len(sigmas) // 2].item()
+    latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(1)).to(policy.device)
+    together = policy(latents, sigma, conditions)
+    alone = torch.cat([policy(latents[row : row + 1], sigma, [conditions[row]]) for row in range(2)])
+    diagnosis.row_error = (together - alone).abs().max().item()
+    if diagnosis.row_error > max(_bound(policy), 1e-4) * alone.std().item():
+        raise Untrainable(
+            f"rows of one batch change each other, by {diagnosis.row_error:.2g}"
+            + (": pictures are encoded anew in every call, with random numbers" if diagnosis.encoder_calls else "")
+        )
+    other = policy(latents[:1], sigma, conditions[1:])
+    if torch.equal(other, alone[:1]):
+        raise Untrainable("the prompt makes no difference to the velocity")
+    if not conditions[0].batched:
+        diagnosis.warnings.append("the pipeline takes one prompt at a time, so rows are evaluated one by one")
+
+
+def _compare_training(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, condition: Condition, batch_size: int):
+    grid = sigmas.tolist()
+    policy.zero_grad()
+    diagnosis.ratio_error, activations = 0.0, 0
+    # Denoisers that share the work by noise level are all visited.
+    for step in range(len(grid) - 1):
+        generator = torch.Generator().manual_seed(step)
+        latents = torch.randn(2, *policy.latent_shape, generator=generator).to(policy.device)
+        noise = torch.randn(2, *policy.latent_shape, generator=generator).to(policy.device)
+        pair = [condition] * 2
+        with torch.no_grad():
+            mean, std = transition(latents, policy(latents, grid[step], pair), *grid[step : step + 2], 0.7, "flow")
+            if std == 0:
+                continue
+            sampled = mean + std * noise
+            old = log_prob(sampled, mean, std)
+        saved = {}
+
+        def note(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            velocity = policy(latents, grid[step], pair)
+        frozen = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+        activations = max(activations, sum(size for pointer, size in saved.items() if pointer not in frozen))
+        mean, std = transition(latents, velocity, *grid[step : step + 2], 0.7, "flow")
+        new = log_prob(sampled, mean, std)
+        diagnosis.ratio_error = max(diagnosis.ratio_error, (torch.exp(new.detach() - old) - 1).abs().max().item())
+        new.sum().backward()
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    reached = [p for p in trained if p.grad is not None and p.grad.isfinite().all() and p.grad.any()]
+    diagnosis.gradient_coverage = len(reached) / max(1, len(trained))
+    gib = 2.0**30
+    diagnosis.memory = {
+        "weights": sum(p.numel() * p.element_size() for p in policy.parameters()) / gib,
+        "encoders and VAE": sum(
+            p.numel() * p.element_size()
+            for name, component in policy.pipeline.components.items()
+            if isinstance(component, nn.Module) and name not in policy.components
+            for p in component.parameters()
+        )
+        / gib,
+        # Gradient, two moments of Adam, the moving average and its copy at evaluation.
+        "optimizer": 5 * 4 * diagnosis.trained_parameters / gib,
+        "activations": activations / 2 * batch_size / gib,
+    }
+    if not reached:
+        raise Untrainable("no gradient reaches a trained weight")
+    if diagnosis.gradient_coverage < 1:
+        missing = next(
+            name
+            for name, p in policy.named_parameters()
+            if p.requires_grad and not any(p is found for found in reached)
+        )
+        diagnosis.warnings.append(
+            f"{len(trained) - len(reached)} of {len(trained)} trained tensors get no gradient, such as {missing}"
+        )
+    if diagnosis.ratio_error > 1e-3:
+        diagnosis.warnings.append(
+            f"probability ratios of the first update would be off by {diagnosis.ratio_error:.2g} if it were not on-policy"
+        )
