@@ -372,6 +372,8 @@ class FlowPolicy(nn.Module):
         """
         latents = self.clean(latents)
         conditioning = conditioning or [self.blank()] * len(latents)
+        if "num_frames" in inspect.signature(self._call).parameters:
+            batch_size = 1  # a video fills a decoder, and not all of them take several
         decoded = {}
         for batch in self._batches(conditioning):
             for rows in torch.tensor(batch).split(batch_size or len(batch)):
@@ -392,9 +394,9 @@ class FlowPolicy(nn.Module):
         return tuple(self._blank_output.shape[-2:])
 
     @property
-    def is_video(self) -> bool:
-        """Whether the pipeline makes videos."""
-        return self._blank_output.ndim == 5
+    def num_frames(self) -> int | None:
+        """Number of frames of the videos; `None` where the pipeline makes pictures."""
+        return self._blank_output.shape[1] if self._blank_output.ndim == 5 else None
 
     @torch.no_grad()
     def sigmas(self, num_inference_steps: int, sigmas: list[float] | None = None) -> torch.Tensor:

@@ -20,6 +20,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from ..credit import combine_rewards
 from ..rollout import Plan, execute, seeded_noise
@@ -125,6 +126,12 @@ class EvaluationMixin:
             folder.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         for number, image in images.items():
+            if isinstance(image, list):
+                # A video, to be looked at as it moves and, where only pictures are shown, side by side.
+                image[0].save(
+                    folder / f"{number:03d}.gif", save_all=True, append_images=image[1:], duration=125, loop=0
+                )
+                image = strip(image)
             image.save(folder / f"{number:03d}.png")
         if self.is_world_process_zero():
             record = {
@@ -137,3 +144,14 @@ class EvaluationMixin:
             }
             folder.with_suffix(".json").write_text(json.dumps(record, default=str))
         self._extra_columns.clear()
+
+
+def strip(frames: list[Image.Image], count: int = 4) -> Image.Image:
+    """A few frames of a video side by side, from its first to its last."""
+    count = min(count, len(frames))
+    chosen = [frames[round(i * (len(frames) - 1) / max(1, count - 1))] for i in range(count)]
+    width, height = frames[0].size
+    picture = Image.new("RGB", (count * width, height))
+    for i, frame in enumerate(chosen):
+        picture.paste(frame, (i * width, 0))
+    return picture

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
@@ -43,6 +44,7 @@ from ..objective import (
     step_weights,
 )
 from ..policy import FlowPolicy, default_call_arguments, load_pipeline
+from ..policy.doctor import Diagnosis, Untrainable, examine_policy
 from ..report import ProgressLine, write_report
 from ..rollout import Plan, Rollout, chain_plan, coefficients, log_prob, transition
 from .arguments import check_dataset, check_images, load_rewards, own_prompts
@@ -57,6 +59,9 @@ from .updates import UpdateMixin
 
 
 RewardFunc = str | Callable[..., list[float | None]]
+
+
+logger = get_logger(__name__)
 
 
 class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
@@ -215,6 +220,8 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.to(args.device)
+        if self.policy.family.inferred:
+            self._examine()
         self.sigmas = self.policy.sigmas(args.num_inference_steps, args.sigmas)
         self.noise_levels = self._resolve_noise_levels()
         self._check_kl()
@@ -262,6 +269,20 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         # The noise and the data order are functions of the seed; what is left (a reward's own randomness) differs by
         # process, as in TRL.
         set_seed(args.seed, device_specific=True)
+
+    def _examine(self):
+        """Refuses a pipeline that has no record and does not pass the doctor's checks."""
+        name = type(self.policy.pipeline).__name__
+        diagnosis = Diagnosis(name)
+        try:
+            with torch.random.fork_rng():
+                examine_policy(self.policy, diagnosis, transition_batch_size=self.args.transition_batch_size)
+        except Untrainable as problem:
+            raise ValueError(
+                f"{name} is of no family with a record, and cannot be trained: {problem}. `trl-flow doctor` says more."
+            ) from problem
+        for warning in diagnosis.warnings:
+            logger.warning(f"{name}: {warning}.")
 
     # ---- The method: what a subclass overrides ----
 

@@ -166,6 +166,7 @@ class RolloutMixin:
             self.reward_names + self.eval_reward_names,
             rows,
             (width, height),
+            self.policy.num_frames,
             trainer_state=self.state,
             log_extra=lambda column, values: None,
             log_metric=lambda name, value: None,
