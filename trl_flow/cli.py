@@ -26,6 +26,7 @@ from .scripts.methods import METHODS
 COMMANDS = {
     "Train": {name: method.summary for name, method in METHODS.items()},
     "Prepare": {
+        "doctor": "find out whether a pipeline can be trained, and why not",
         "calibrate": "find a noise level for each step (DenseGRPO, Algorithm 1)",
         "make-shapes": "make the embedded shapes pipeline again, from a seed",
     },
@@ -50,6 +51,7 @@ def format_help() -> str:
         "and `--accelerate_config NAME|FILE` with TRL's names: single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2.",
         "",
         "Examples:",
+        "  trl-flow doctor shapes",
         "  trl-flow dense-grpo --config examples/shapes/dense-grpo.yaml --output_dir runs/first",
         '  trl-flow generate --adapter runs/first --prompt "a photo of a red circle" --compare',
         "",
@@ -62,8 +64,7 @@ def run(command: str, args: list[str]) -> int:
     """Run one command in this process, or a training command under `accelerate launch` where that is asked for."""
     if command not in METHODS:
         module = importlib.import_module(f"trl_flow.scripts.{command.replace('-', '_')}")
-        module.main(*module.make_parser(prog=f"trl-flow {command}").parse_args_and_config(args))
-        return 0
+        return module.main(*module.make_parser(prog=f"trl-flow {command}").parse_args_and_config(args)) or 0
 
     from .scripts.launcher import launch, needs_launch
     from .scripts.training import make_training_parser, run_training
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     Entry point of `trl-flow`.
 
     Returns:
-        `int`: 0 if all went well, 1 if the command failed, 2 if the command line is wrong, 130 if interrupted.
+        `int`: 0 if all went well, 1 if the command failed (or `doctor` found that a pipeline does not train), 2 if the command line is wrong, 130 if interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("TRL_FLOW_DEBUG", "0").lower() not in ("", "0", "false", "no")

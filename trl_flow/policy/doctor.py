@@ -14,9 +14,12 @@
 
 """Whether a pipeline can be trained, found out by trying: the checks behind `trl-flow doctor`."""
 
+import inspect
 import math
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -34,7 +37,11 @@ from .schedulers import become, stepped
 # pipeline and the policy run the same operations on the same numbers; in half precision a batch of another shape may
 # pick another kernel.
 REPLAY_BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Probability ratios further from 1 than this cannot be told from a step of the optimizer.
+RATIO_BOUND = 1e-2
+PLAIN = (torch.Tensor, nn.Parameter)
 PROMPTS = ("a red circle", "two blue square")
+PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass
@@ -46,12 +53,14 @@ class Diagnosis:
         pipeline (`str`): Class of the pipeline.
         family (`str` or `None`): Name of its record, or `"inferred"`.
         problem (`str` or `None`): Why it cannot be trained.
-        warnings (`list[str]`): What costs time or accuracy.
+        warnings (`list[str]`): What costs time or accuracy, or asks for a setting.
+        notes (`list[str]`): What looks like a fault and is none.
+        media (`str`): What it makes: `"pictures"` or `"videos"`.
         replay_error (`float`): Policy against model outputs of the stock pipeline's own run, at its own latents.
-        picture_error (`float`): Pictures of a chain without noise against the stock pipeline's, in [0, 1].
+        picture_error (`float`): Pictures of a chain at noise level 0 against the stock pipeline's, in [0, 1].
         ratio_error (`float`): Probability ratio of transitions in training against the rollout, less 1.
         row_error (`float`): Rows in a batch of several prompts against each by itself.
-        gradient_coverage (`float`): Share of the trained tensors that a gradient reaches.
+        gradient_coverage (`float`): Share of the trained tensors whose gradient is not zero.
         encoder_calls (`int`): Runs of frozen encoders within one velocity evaluation.
         trained_parameters, total_parameters (`int`): Of the denoisers.
         memory (`dict[str, float]`): GiB by what takes them, for one training forward of `transition_batch_size` rows.
@@ -61,6 +70,8 @@ class Diagnosis:
     family: str | None = None
     problem: str | None = None
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    media: str | None = None
     replay_error: float | None = None
     picture_error: float | None = None
     ratio_error: float | None = None
@@ -78,6 +89,22 @@ class Diagnosis:
 
 class Untrainable(ValueError):
     """A check has failed; its message says which and why."""
+
+
+@contextmanager
+def _trying(what: str):
+    """Says of an error what was being tried, and where in diffusers it came from; our own errors say that themselves."""
+    try:
+        yield
+    except Untrainable:
+        raise
+    except Exception as error:  # whatever a pipeline raises that was not made for this
+        files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        lines = str(error).strip().splitlines() or ["no message"]
+        if isinstance(error, (ValueError, RuntimeError)) and files[-1].is_relative_to(PACKAGE):
+            raise Untrainable(str(error).strip()) from error
+        place = next((f" in diffusers' {file.name}" for file in reversed(files) if "diffusers" in file.parts), "")
+        raise Untrainable(f"{what} failed{place}: {type(error).__name__}: {lines[0]}") from error
 
 
 class _Spy:
@@ -123,14 +150,24 @@ def examine(
     diagnosis = Diagnosis(type(pipeline).__name__)
     try:
         with torch.random.fork_rng():
-            policy = FlowPolicy(pipeline, **settings)
+            _check_media(pipeline)
+            with _trying("calling it with an empty prompt, which prepares everything and denoises nothing,"):
+                policy = FlowPolicy(pipeline, **settings)
             examine_policy(policy, diagnosis, num_inference_steps, transition_batch_size, image)
     except Untrainable as problem:
         diagnosis.problem = str(problem)
-    except Exception as error:  # whatever a pipeline raises that was not made for this
-        reason = str(error).strip().splitlines()
-        diagnosis.problem = f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
     return diagnosis
+
+
+def _check_media(pipeline: DiffusionPipeline):
+    """Sound has a length in seconds and no height."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    sound = [name for name in parameters if name == "duration" or name.startswith("audio")]
+    if sound and "height" not in parameters:
+        raise Untrainable(
+            f"{type(pipeline).__name__} makes sound (its call takes `{sound[0]}` and no `height`): only pipelines that "
+            "make pictures or videos are trained"
+        )
 
 
 def examine_policy(
@@ -146,13 +183,20 @@ def examine_policy(
     diagnosis.total_parameters = sum(p.numel() for p in policy.parameters())
     image = (image or policy.blank().image) if policy.family.image else None
     with _awake_adapter(policy):
-        sigmas = policy.sigmas(num_inference_steps)
-        conditions = [policy.encode(prompt, image) for prompt in PROMPTS]
-        noted, pictures = _stock_run(policy, num_inference_steps, image)
-        _compare_replay(policy, diagnosis, sigmas, conditions[0], noted)
-        _compare_pictures(policy, diagnosis, sigmas, conditions[0], noted, pictures)
-        _compare_rows(policy, diagnosis, sigmas, conditions)
-        _compare_training(policy, diagnosis, sigmas, conditions[0], transition_batch_size)
+        with _trying(f"asking for its grid of {num_inference_steps} steps"):
+            sigmas = policy.sigmas(num_inference_steps)
+        with _trying("encoding the prompt"):
+            conditions = [policy.encode(prompt, image) for prompt in PROMPTS]
+        with _trying("the stock pipeline's own call"):
+            noted, pictures = _stock_run(policy, num_inference_steps, image)
+        with _trying("evaluating the velocity at the stock pipeline's latents"):
+            _compare_replay(policy, diagnosis, sigmas, conditions[0], noted)
+        with _trying("denoising and decoding without noise"):
+            _compare_pictures(policy, diagnosis, sigmas, conditions[0], noted, pictures)
+        with _trying("evaluating rows of two prompts in one batch"):
+            _compare_rows(policy, diagnosis, sigmas, conditions)
+        with _trying("a forward and backward pass of training"):
+            _compare_training(policy, diagnosis, sigmas, conditions[0], transition_batch_size)
 
 
 @contextmanager
@@ -219,10 +263,16 @@ def _compare_replay(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, condition:
             f"the stock pipeline takes {len(noted)} steps where it is asked for {len(sigmas) - 1}: it does not begin "
             "with noise, or denoises in several rounds"
         )
-    if noted[0][1].shape[1:] != policy.latent_shape:
+    shape = tuple(noted[0][1].shape[1:])
+    if shape != policy.latent_shape:
+        fewer = math.prod(shape) < math.prod(policy.latent_shape)
         raise Untrainable(
-            f"the stock pipeline denoises latents of shape {tuple(noted[0][1].shape[1:])} and prepares ones of shape "
-            f"{policy.latent_shape}"
+            f"the stock pipeline denoises latents of shape {shape} where it prepares ones of shape {policy.latent_shape}"
+            + (
+                ": part of them (a first frame, say) is given, and only the rest is the model's to choose"
+                if fewer
+                else ""
+            )
         )
     diagnosis.replay_error, scale = 0.0, 0.0
     counted = _count_encoder_calls(policy)
@@ -242,7 +292,9 @@ def _compare_replay(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, condition:
             again = policy(latents, sigma, [condition])
             if not torch.equal(velocity, again):
                 raise Untrainable(
-                    "the same latents give another velocity the second time: the model draws random numbers"
+                    "the same latents give another velocity the second time: "
+                    + (f"{_names(calls)} runs anew in every evaluation and" if calls else "the model")
+                    + " draws random numbers"
                 )
             if not velocity.isfinite().all():
                 raise Untrainable(f"the velocity at sigma {sigma:.3g} is not finite")
@@ -251,13 +303,23 @@ def _compare_replay(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, condition:
     diagnosis.encoder_calls = math.ceil(len(calls) / (2 * len(noted)))
     if diagnosis.encoder_calls:
         diagnosis.warnings.append(
-            f"{', '.join(sorted(set(calls)))} run within every velocity evaluation instead of once per prompt"
+            f"{_names(calls)} runs within every velocity evaluation instead of once per prompt, which costs time"
         )
     if diagnosis.replay_error > _bound(policy) * scale:
         raise Untrainable(
             f"the policy's velocity differs from the stock pipeline's by {diagnosis.replay_error:.2g} (its standard "
             f"deviation is {scale:.2g})"
+            + (f": what {_names(calls)} makes of its input, anew in every evaluation, is random" if calls else "")
         )
+    if not policy.is_flow and diagnosis.replay_error:
+        diagnosis.notes.append(
+            "the replay error is the rounding of float32: a diffusion model's output is converted into a velocity, "
+            "here and in the comparison in another order"
+        )
+
+
+def _names(calls: list[str]) -> str:
+    return ", ".join(sorted(set(calls)))
 
 
 @contextmanager
@@ -291,11 +353,18 @@ def _compare_pictures(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, conditio
     for sigma, sigma_next in zip(grid, grid[1:], strict=False):
         latents = latents + (sigma_next - sigma) * policy(latents, sigma, [condition])
     decoded = policy.decode(latents, conditioning=[condition])
-    if decoded.shape != pictures.shape or decoded.ndim not in (4, 5) or decoded.shape[-3] != 3:
+    if decoded.ndim not in (4, 5) or decoded.shape[-3] != 3:
+        alpha = " (the fourth is transparency, which no reward takes)" if decoded.ndim in (4, 5) else ""
         raise Untrainable(
-            f"decoding gives {tuple(decoded.shape)} where the stock pipeline gives {tuple(pictures.shape)}: expected "
-            "pictures or videos"
+            f"its decoded output has the shape {tuple(decoded.shape)}: expected pictures (1, 3, height, width) or videos "
+            f"(1, frames, 3, height, width), with three channels{alpha if decoded.shape[-3:-2] == (4,) else ''}"
         )
+    if decoded.shape != pictures.shape:
+        raise Untrainable(
+            f"decoding its latents gives the shape {tuple(decoded.shape)}, and the stock pipeline gives "
+            f"{tuple(pictures.shape)}"
+        )
+    diagnosis.media = "videos" if decoded.ndim == 5 else "pictures"
     diagnosis.picture_error = (decoded - pictures).abs().max().item()
     # In half precision, the stock pipeline rounds its latents after every step, and we don't.
     if diagnosis.picture_error > (1e-3 if _bound(policy) <= 1e-5 else 0.25):
@@ -306,15 +375,19 @@ def _compare_pictures(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, conditio
 
 @torch.no_grad()
 def _compare_rows(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, conditions: list[Condition]):
-    sigma = sigmas[len(sigmas) // 2].item()
+    sigma = sigmas[(len(sigmas) - 1) // 2].item()
     latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(1)).to(policy.device)
     together = policy(latents, sigma, conditions)
     alone = torch.cat([policy(latents[row : row + 1], sigma, [conditions[row]]) for row in range(2)])
     diagnosis.row_error = (together - alone).abs().max().item()
     if diagnosis.row_error > max(_bound(policy), 1e-4) * alone.std().item():
         raise Untrainable(
-            f"rows of one batch change each other, by {diagnosis.row_error:.2g}"
-            + (": pictures are encoded anew in every call, with random numbers" if diagnosis.encoder_calls else "")
+            f"a row's velocity depends on the other rows of its batch, by {diagnosis.row_error:.2g}"
+            + (
+                ": pictures are encoded anew in every evaluation, with random numbers"
+                if diagnosis.encoder_calls
+                else ""
+            )
         )
     other = policy(latents[:1], sigma, conditions[1:])
     if torch.equal(other, alone[:1]):
@@ -325,7 +398,8 @@ def _compare_rows(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, conditions: 
 
 def _compare_training(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, condition: Condition, batch_size: int):
     grid = sigmas.tolist()
-    policy.zero_grad()
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    reached, unused = set(), set()
     diagnosis.ratio_error, activations = 0.0, 0
     # Denoisers that share the work by noise level are all visited.
     for step in range(len(grid) - 1):
@@ -342,46 +416,83 @@ def _compare_training(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, conditio
         saved = {}
 
         def note(tensor, saved=saved):
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            if type(tensor) in PLAIN:  # quantised weights have no storage of their own
+                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             velocity = policy(latents, grid[step], pair)
-        frozen = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+        frozen = {p.untyped_storage().data_ptr() for p in policy.parameters() if type(p.data) in PLAIN}
         activations = max(activations, sum(size for pointer, size in saved.items() if pointer not in frozen))
         mean, std = transition(latents, velocity, *grid[step : step + 2], 0.7, "flow")
         new = log_prob(sampled, mean, std)
         diagnosis.ratio_error = max(diagnosis.ratio_error, (torch.exp(new.detach() - old) - 1).abs().max().item())
+        if not new.requires_grad:
+            continue
+        policy.zero_grad()
         new.sum().backward()
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    reached = [p for p in trained if p.grad is not None and p.grad.isfinite().all() and p.grad.any()]
+        for name, parameter in trained.items():
+            if parameter.grad is None:
+                unused.add(name)
+            elif not parameter.grad.isfinite().all():
+                raise Untrainable(f"the gradient of {name} at sigma {grid[step]:.3g} is not finite")
+            elif parameter.grad.any():
+                reached.add(name)
     diagnosis.gradient_coverage = len(reached) / max(1, len(trained))
-    gib = 2.0**30
-    diagnosis.memory = {
-        "weights": sum(p.numel() * p.element_size() for p in policy.parameters()) / gib,
-        "encoders and VAE": sum(
-            p.numel() * p.element_size()
-            for name, component in policy.pipeline.components.items()
-            if isinstance(component, nn.Module) and name not in policy.components
-            for p in component.parameters()
-        )
-        / gib,
-        # Gradient, two moments of Adam, the moving average and its copy at evaluation.
-        "optimizer": 5 * 4 * diagnosis.trained_parameters / gib,
-        "activations": activations / 2 * batch_size / gib,
-    }
+    diagnosis.memory = _memory(policy, diagnosis.trained_parameters, activations / 2 * batch_size)
     if not reached:
         raise Untrainable("no gradient reaches a trained weight")
-    if diagnosis.gradient_coverage < 1:
-        missing = next(
-            name
-            for name, p in policy.named_parameters()
-            if p.requires_grad and not any(p is found for found in reached)
+    if diagnosis.ratio_error > RATIO_BOUND and _bound(policy) <= 1e-5:
+        raise Untrainable(
+            f"the same transition's probability in training differs from that in the rollout, by a ratio of "
+            f"1 {diagnosis.ratio_error:+.2g}: the model computes something else when gradients are wanted"
         )
-        diagnosis.warnings.append(
-            f"{len(trained) - len(reached)} of {len(trained)} trained tensors get no gradient, such as {missing}"
-        )
+    _note_gradients(policy, diagnosis, list(trained), reached, unused)
     if diagnosis.ratio_error > 1e-3:
         diagnosis.warnings.append(
-            f"probability ratios of the first update would be off by {diagnosis.ratio_error:.2g} if it were not on-policy"
+            f"probability ratios of the first update differ from 1 by up to {diagnosis.ratio_error:.2g}, because half "
+            "precision rounds differently in training: keep the clip range well above that, or load in float32"
         )
+
+
+def _note_gradients(policy: FlowPolicy, diagnosis: Diagnosis, trained: list[str], reached: set, unused: set):
+    """
+    Weights whose output the model discards (the text stream of its last block) have a zero gradient, which is no fault.
+    Those that an evaluation does not touch have none, for which DDP waits in vain. Of two denoisers one is never touched,
+    which the trainers know.
+    """
+    zero = [name for name in trained if name not in reached and name not in unused]
+    if zero:
+        diagnosis.notes.append(
+            f"{len(zero)} of {len(trained)} trained tensors have a zero gradient, such as {_short(zero[0])}: the model "
+            "discards what they compute (mostly the text side of its last block)"
+        )
+    unused = [name for name in trained if name in unused]
+    if unused and len(policy.components) == 1:
+        diagnosis.warnings.append(
+            f"{len(unused)} of {len(trained)} trained tensors take no part in an evaluation, such as {_short(unused[0])}: "
+            "training on several GPUs needs ddp_find_unused_parameters=True"
+        )
+
+
+def _short(name: str) -> str:
+    """A weight's name without what PEFT and the policy put around it."""
+    return name.removeprefix("denoisers.").replace("base_model.model.", "").replace(".default", "")
+
+
+def _memory(policy: FlowPolicy, trained_parameters: int, activations: float) -> dict[str, float]:
+    """GiB by what takes them."""
+    others = [
+        p.numel() * p.element_size()
+        for name, component in policy.pipeline.components.items()
+        if isinstance(component, nn.Module) and name not in policy.components
+        for p in component.parameters()
+    ]
+    sizes = {
+        "weights": sum(p.numel() * p.element_size() for p in policy.parameters()),
+        "encoders and VAE": sum(others),
+        # Gradient, two moments of Adam, the moving average and its copy at evaluation.
+        "optimizer": 5 * 4 * trained_parameters,
+        "activations": activations,
+    }
+    return {part: size / 2**30 for part, size in sizes.items()}
