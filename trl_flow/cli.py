@@ -94,7 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     Entry point of `trl-flow`.
 
     Returns:
-        `int`: 0 if all went well, 1 if the command failed (or `doctor` found that a pipeline does not train), 2 if the command line is wrong, 130 if interrupted.
+        `int`: 0 if all went well, 1 if the command failed (or `doctor` found that a pipeline does not train), 2 if the
+            command line is wrong, 130 if interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("TRL_FLOW_DEBUG", "0").lower() not in ("", "0", "false", "no")

@@ -175,6 +175,10 @@ def find_layout(one: Any, two: Any) -> Any:
             return None
         if len(grown) > 1 or two.shape[grown[0]] != 2 * one.shape[grown[0]]:
             raise ValueError(f"an output of shape {tuple(one.shape)} becomes {tuple(two.shape)} for two prompts")
+        in_turn, side_by_side = torch.cat([one, one], grown[0]), one.repeat_interleave(2, grown[0])
+        if (two.float() - side_by_side.float()).abs().sum() < (two.float() - in_turn.float()).abs().sum():
+            # Without guidance and with it, of all prompts: put together one by one, they would trade places.
+            raise ValueError("the rows of an output for two prompts are not those of each prompt one after the other")
         return grown[0]
     if isinstance(one, (list, tuple)):
         if len(one) != len(two):

@@ -33,9 +33,9 @@ from .flow_policy import FlowPolicy
 from .schedulers import become, stepped
 
 
-# Largest replay error of a pipeline that is trained, relative to the velocity's standard deviation. In float32 the stock
-# pipeline and the policy run the same operations on the same numbers; in half precision a batch of another shape may
-# pick another kernel.
+# Largest replay error of a pipeline that is trained, relative to the velocity's standard deviation. In float32 the
+# stock pipeline and the policy run the same operations on the same numbers; in half precision a batch of another shape
+# may pick another kernel.
 REPLAY_BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Probability ratios further from 1 than this cannot be told from a step of the optimizer.
 RATIO_BOUND = 1e-2
@@ -56,6 +56,8 @@ class Diagnosis:
         warnings (`list[str]`): What costs time or accuracy, or asks for a setting.
         notes (`list[str]`): What looks like a fault and is none.
         media (`str`): What it makes: `"pictures"` or `"videos"`.
+        image (`str` or `None`): Whether a picture beside the prompt is `"required"` or `"optional"`; `None` where it
+            takes none.
         replay_error (`float`): Policy against model outputs of the stock pipeline's own run, at its own latents.
         picture_error (`float`): Pictures of a chain at noise level 0 against the stock pipeline's, in [0, 1].
         ratio_error (`float`): Probability ratio of transitions in training against the rollout, less 1.
@@ -72,6 +74,7 @@ class Diagnosis:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     media: str | None = None
+    image: str | None = None
     replay_error: float | None = None
     picture_error: float | None = None
     ratio_error: float | None = None
@@ -93,7 +96,7 @@ class Untrainable(ValueError):
 
 @contextmanager
 def _trying(what: str):
-    """Says of an error what was being tried, and where in diffusers it came from; our own errors say that themselves."""
+    """Says of an error what was tried, and where in diffusers it came from; our own errors speak for themselves."""
     try:
         yield
     except Untrainable:
@@ -108,7 +111,7 @@ def _trying(what: str):
 
 
 class _Spy:
-    """Notes what the stock pipeline's steps are given. Schedulers of higher order take Euler steps instead of theirs."""
+    """Notes what the stock pipeline's steps are given. Schedulers of higher order take Euler steps, not theirs."""
 
     def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
         sigma, sigma_next = (self.sigmas[len(self.noted) : len(self.noted) + 2].tolist() + [math.nan] * 2)[:2]
@@ -165,8 +168,8 @@ def _check_media(pipeline: DiffusionPipeline):
     sound = [name for name in parameters if name == "duration" or name.startswith("audio")]
     if sound and "height" not in parameters:
         raise Untrainable(
-            f"{type(pipeline).__name__} makes sound (its call takes `{sound[0]}` and no `height`): only pipelines that "
-            "make pictures or videos are trained"
+            f"{type(pipeline).__name__} makes sound (its call takes `{sound[0]}` and no `height`): only pipelines "
+            "that make pictures or videos are trained"
         )
 
 
@@ -177,10 +180,11 @@ def examine_policy(
     transition_batch_size: int = 8,
     image: Image.Image | None = None,
 ) -> None:
-    """[`examine`] for a policy that exists: notes what it finds in `diagnosis`, raises [`Untrainable`] for a problem."""
+    """[`examine`] for a policy that exists: notes what it finds in `diagnosis`, raises [`Untrainable`] if it must."""
     diagnosis.family = "inferred" if policy.family.inferred else policy.family.name
     diagnosis.trained_parameters = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     diagnosis.total_parameters = sum(p.numel() for p in policy.parameters())
+    diagnosis.image = policy.family.image
     image = (image or policy.blank().image) if policy.family.image else None
     with _awake_adapter(policy):
         with _trying(f"asking for its grid of {num_inference_steps} steps"):
@@ -267,7 +271,7 @@ def _compare_replay(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, condition:
     if shape != policy.latent_shape:
         fewer = math.prod(shape) < math.prod(policy.latent_shape)
         raise Untrainable(
-            f"the stock pipeline denoises latents of shape {shape} where it prepares ones of shape {policy.latent_shape}"
+            f"the stock pipeline denoises latents of shape {shape}, and prepares ones of shape {policy.latent_shape}"
             + (
                 ": part of them (a first frame, say) is given, and only the rest is the model's to choose"
                 if fewer
@@ -354,10 +358,10 @@ def _compare_pictures(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, conditio
         latents = latents + (sigma_next - sigma) * policy(latents, sigma, [condition])
     decoded = policy.decode(latents, conditioning=[condition])
     if decoded.ndim not in (4, 5) or decoded.shape[-3] != 3:
-        alpha = " (the fourth is transparency, which no reward takes)" if decoded.ndim in (4, 5) else ""
+        alpha = " (the fourth is transparency, which no reward takes)" if decoded.shape[-3:-2] == (4,) else ""
         raise Untrainable(
-            f"its decoded output has the shape {tuple(decoded.shape)}: expected pictures (1, 3, height, width) or videos "
-            f"(1, frames, 3, height, width), with three channels{alpha if decoded.shape[-3:-2] == (4,) else ''}"
+            f"its decoded output has the shape {tuple(decoded.shape)}: expected pictures (1, 3, height, width) or "
+            f"videos (1, frames, 3, height, width), with three channels{alpha}"
         )
     if decoded.shape != pictures.shape:
         raise Untrainable(
@@ -457,21 +461,21 @@ def _compare_training(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, conditio
 
 def _note_gradients(policy: FlowPolicy, diagnosis: Diagnosis, trained: list[str], reached: set, unused: set):
     """
-    Weights whose output the model discards (the text stream of its last block) have a zero gradient, which is no fault.
-    Those that an evaluation does not touch have none, for which DDP waits in vain. Of two denoisers one is never touched,
-    which the trainers know.
+    Weights whose output the model discards (the text stream of its last block) have a zero gradient, which is no
+    fault. Those that an evaluation does not touch have none, for which DDP waits in vain. Of two denoisers one is
+    never touched, which the trainers know.
     """
     zero = [name for name in trained if name not in reached and name not in unused]
     if zero:
         diagnosis.notes.append(
-            f"{len(zero)} of {len(trained)} trained tensors have a zero gradient, such as {_short(zero[0])}: the model "
-            "discards what they compute (mostly the text side of its last block)"
+            f"{len(zero)} of {len(trained)} trained tensors have a zero gradient, such as {_short(zero[0])}: the "
+            "model discards what they compute (mostly the text side of its last block)"
         )
     unused = [name for name in trained if name in unused]
     if unused and len(policy.components) == 1:
         diagnosis.warnings.append(
-            f"{len(unused)} of {len(trained)} trained tensors take no part in an evaluation, such as {_short(unused[0])}: "
-            "training on several GPUs needs ddp_find_unused_parameters=True"
+            f"{len(unused)} of {len(trained)} trained tensors take no part in an evaluation, such as "
+            f"{_short(unused[0])}: training on several GPUs needs ddp_find_unused_parameters=True"
         )
 
 

@@ -31,6 +31,8 @@ class FlowScriptArguments:
         dtype (`str`, *optional*, defaults to `"float32"`):
             Precision in which the frozen weights are loaded. Latents are float32 and the adapter is trained in
             float32 whatever this is.
+        quantization (`str`, *optional*):
+            Stores the denoiser's frozen weights in fewer bits: `"int8"` (torchao) or `"nf4"` (bitsandbytes, on a GPU).
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that the pipeline's repository brings along.
         lora_r (`int`, *optional*):
@@ -67,6 +69,7 @@ class FlowScriptArguments:
             "model_name_or_path",
             "model_revision",
             "dtype",
+            "quantization",
             "trust_remote_code",
             "lora_r",
             "lora_alpha",
@@ -99,6 +102,13 @@ class FlowScriptArguments:
             "help": "Precision in which the frozen weights are loaded. Latents are float32 and the adapter is trained "
             "in float32 whatever this is.",
             "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Store the denoiser's frozen weights in fewer bits: `int8` (torchao) or `nf4` (bitsandbytes, on a GPU).",
+            "choices": ["int8", "nf4"],
         },
     )
     trust_remote_code: bool = field(

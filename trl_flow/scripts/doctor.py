@@ -109,7 +109,8 @@ class DoctorArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id or path of the pipeline, or `shapes`. May stand first on the command line without its name.",
+            "help": "Hub id or path of the pipeline, or `shapes`. May stand first on the command line without its "
+            "name.",
             "aliases": ["--model"],
         },
     )

@@ -293,7 +293,35 @@ def model_init_kwargs(script_args: FlowScriptArguments, training_args: Any) -> d
         loading["revision"] = script_args.model_revision
     if script_args.trust_remote_code:
         loading["trust_remote_code"] = True
+    if script_args.quantization is not None:
+        loading["quantization_config"] = quantization_config(script_args)
     return {**loading, **(training_args.model_init_kwargs or {})}
+
+
+def quantization_config(script_args: FlowScriptArguments):
+    """diffusers' configuration of the quantisation that was asked for, for the denoisers alone."""
+    import importlib.util
+
+    import torch
+    from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
+
+    from ..policy import find_record
+
+    package = {"int8": "torchao", "nf4": "bitsandbytes"}[script_args.quantization]
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"quantization={script_args.quantization!r} needs {package}: `pip install {package}`.")
+    if script_args.quantization == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, script_args.dtype),
+        )
+    record = find_record(script_args.model_name_or_path, revision=script_args.model_revision)
+    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(record.components, config))
 
 
 def held_out_scores(log_history: list[dict]) -> dict[str, tuple[float, float]]:

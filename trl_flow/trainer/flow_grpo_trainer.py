@@ -188,6 +188,10 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
                 "no ratio. Set it to 0."
             )
         pipeline = load_pipeline(model, **(args.model_init_kwargs or {}))
+        if "quantization_config" in (args.model_init_kwargs or {}):
+            # The settings are written to files and cards, and diffusers' object knows no such form.
+            args.model_init_kwargs = dict(args.model_init_kwargs)
+            args.model_init_kwargs["quantization"] = str(args.model_init_kwargs.pop("quantization_config"))
         for name, value in default_call_arguments(model).items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
@@ -218,7 +222,8 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             if eval_dataset is not None:
                 check_images(eval_dataset, "eval_dataset")
         for component in pipeline.components.values():
-            if isinstance(component, nn.Module):
+            # 8-bit weights of bitsandbytes are where they were loaded, and cannot be moved.
+            if isinstance(component, nn.Module) and not getattr(component, "is_loaded_in_8bit", False):
                 component.to(args.device)
         if self.policy.family.inferred:
             self._examine()
