@@ -47,7 +47,7 @@ def test_int8_weights(tmp_path, dtype):
     weight = pipeline.transformer.transformer_blocks[0].attn.to_q.weight
     assert type(weight.data) is not torch.Tensor  # torchao's own kind
     arguments = call_arguments("FluxPipeline")
-    given = {name: arguments.pop(name) for name in ("height", "width", "guidance_scale", "max_sequence_length")}
-    diagnosis = examine(pipeline, **given)
+    given = {name: arguments.pop(name) for name in ("height", "width", "guidance_scale")}
+    diagnosis = examine(pipeline, **given, generation_kwargs=arguments)
     assert diagnosis.trains, diagnosis.problem
     assert (diagnosis.replay_error, diagnosis.ratio_error, diagnosis.gradient_coverage) == (0.0, 0.0, 1.0)
