@@ -27,12 +27,15 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import tiny_pipeline
 
 import trl_flow
-from trl_flow import cli
+from trl_flow import FlowPolicy, cli
+from trl_flow.hub import save_policy
 from trl_flow.scripts import launcher
 from trl_flow.scripts.arguments import FlowScriptArguments
 from trl_flow.scripts.generate import GenerateArguments, make_grid, run_config, sampling_arguments
+from trl_flow.scripts.generate import main as generate_main
 from trl_flow.scripts.methods import METHODS
 from trl_flow.scripts.parser import FlowParser
 from trl_flow.scripts.training import (
@@ -573,17 +576,40 @@ class TestGenerate:
         assert run_config(str(tmp_path)) == {"model_name_or_path": "shapes", "guidance_scale": 1.0}
 
     def test_samples_as_the_adapters_run_evaluated(self):
-        class Pipeline:
-            def __call__(self, prompt, num_inference_steps=28, guidance_scale=7.0): ...
-
-        config = {"num_inference_steps": 10, "num_eval_inference_steps": 40, "guidance_scale": 1.0, "height": 512}
+        pipeline = tiny_pipeline("StableDiffusion3Pipeline")
+        config = {"num_inference_steps": 10, "num_eval_inference_steps": 40, "guidance_scale": 1.0, "num_frames": 9}
         args = GenerateArguments(model="m", prompts=["a"])
         expected = {"num_inference_steps": 40, "guidance_scale": 1.0}
-        assert sampling_arguments(Pipeline(), args, config) == expected
+        assert sampling_arguments(pipeline, args, config) == expected
         config["eval_guidance_scale"] = 4.5
-        assert sampling_arguments(Pipeline(), args, config) == expected | {"guidance_scale": 4.5}
+        assert sampling_arguments(pipeline, args, config) == expected | {"guidance_scale": 4.5}
         args = GenerateArguments(model="m", prompts=["a"], guidance_scale=2.0)
-        assert sampling_arguments(Pipeline(), args, config) == expected | {"guidance_scale": 2.0}
+        assert sampling_arguments(pipeline, args, config) == expected | {"guidance_scale": 2.0}
+        with pytest.raises(ValueError, match="num_frames=9: StableDiffusion3Pipeline has no such argument"):
+            sampling_arguments(pipeline, GenerateArguments(model="m", prompts=["a"], num_frames=9), config)
+
+    def test_guidance_by_the_name_that_the_pipeline_has_for_it(self):
+        args = GenerateArguments(model="m", prompts=["a"], guidance_scale=2.0)
+        assert sampling_arguments(tiny_pipeline("QwenImagePipeline"), args, {}) == {"true_cfg_scale": 2.0}
+        pipeline = tiny_pipeline("HunyuanVideo15Pipeline")
+        assert sampling_arguments(pipeline, args, {}) == {} and pipeline.guider.guidance_scale == 2.0
+
+    def test_frames_of_videos_of_both_denoisers(self, tmp_path):
+        """Base and adapter, with the settings of the run, from a directory that a trainer has left."""
+        base, run = tmp_path / "base", tmp_path / "run"
+        tiny_pipeline("WanPipeline/2.2").save_pretrained(base)
+        policy = FlowPolicy(tiny_pipeline("WanPipeline/2.2"), height=16, width=16, num_frames=5)
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+        save_policy(policy, run, str(base))
+        settings = {"model_name_or_path": str(base), "num_eval_inference_steps": 2, "guidance_scale": 3.0}
+        sizes = {"height": 16, "width": 16, "num_frames": 5}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings | sizes))
+        output = tmp_path / "grid.png"
+        generate_main(GenerateArguments(adapter=str(run), prompts=["a red circle"], compare=True, output=str(output)))
+        with Image.open(output) as grid:
+            assert grid.width > 4 * 16 and len(grid.convert("RGB").getcolors(1 << 20)) > 20
 
     @pytest.mark.parametrize("count", [1, 2])
     def test_grid_shows_every_picture(self, count):

@@ -124,7 +124,7 @@ class TestCreateModelCard:
         assert by_name["DiffusionPipeline.from_pretrained"].args[0].value == "stabilityai/stable-diffusion-3.5-medium"
         assert by_name["pipe.load_lora_weights"].args[0].value == "user/adapter"
         keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in by_name["pipe"].keywords}
-        assert keywords.pop("generator")
+        assert keywords.pop("generator") and keywords.pop("prompt")
         assert keywords == {"num_inference_steps": "10", "guidance_scale": "1.0", "max_sequence_length": "77"}
 
     def test_usage_example_for_what_diffusers_cannot_load(self, tmp_path):
@@ -132,6 +132,28 @@ class TestCreateModelCard:
         ast.parse(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
         assert 'load_adapter(pipe, "user/adapter", component="transformer")' in text
         assert "pipe.load_lora_weights" not in text
+
+    def test_usage_example_of_two_denoisers_that_animate_a_picture(self, tmp_path):
+        settings = {"second_component": "transformer_2", "pipeline_tag": "image-to-video", "guider_scale": 6.0}
+        code = re.search(r"```python\n(.*?)```", make_card(tmp_path, **settings).text, re.DOTALL)[1]
+        ast.parse(code)
+        second = 'pipe.load_lora_weights("user/adapter", subfolder="transformer_2", load_into_transformer_2=True)'
+        for line in (
+            second,
+            "from diffusers.utils import export_to_video, load_image",
+            "pipe.guider = pipe.guider.new(guidance_scale=6.0)",
+            'export_to_video(video, "video.mp4")',
+        ):
+            assert line in code.splitlines()
+        assert "video = pipe(" in code and 'image=load_image("picture.png")' in code and "image.save" not in code
+
+    def test_usage_example_of_a_complete_denoiser(self, tmp_path):
+        text = make_card(tmp_path, complete_class="SD3Transformer2DModel", diffusers_format=False).text
+        code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+        ast.parse(code)
+        loaded = 'pipe.transformer = SD3Transformer2DModel.from_pretrained("user/adapter", subfolder="transformer")'
+        assert loaded in code.splitlines() and "import DiffusionPipeline, SD3Transformer2DModel" in code
+        assert "load_adapter" not in code and "load_lora_weights" not in code
 
     def test_the_formats_that_were_saved_decide(self, tmp_path):
         (tmp_path / "adapter_model.safetensors").touch()

@@ -72,6 +72,9 @@ def create_model_card(
     license: str | None = None,
     pipeline_tag: str = "text-to-image",
     scheduler: str | None = None,
+    second_component: str | None = None,
+    complete_class: str | None = None,
+    guider_scale: float | None = None,
     steps: int | None = None,
     seconds: float | None = None,
     nfe: int | None = None,
@@ -131,6 +134,12 @@ def create_model_card(
             Task of the pipeline on the Hub.
         scheduler (`str`, *optional*):
             Scheduler class that the usage example sets, where the adapter was trained for another than the pipeline's own.
+        second_component (`str`, *optional*):
+            A second trained denoiser (`"transformer_2"`), whose adapter is in a folder of its name.
+        complete_class (`str`, *optional*):
+            Class of the denoiser, where all of it was trained and it is in a folder of its name.
+        guider_scale (`float`, *optional*):
+            Guidance scale, for pipelines that take it from their guider.
         steps, seconds, nfe, hardware (*optional*):
             Updates, seconds of training, velocities evaluated, and what it ran on (found by itself).
         diffusers_format (`bool`, *optional*):
@@ -222,6 +231,9 @@ def create_model_card(
             diffusers_format,
             pipeline_tag,
             scheduler,
+            second_component,
+            complete_class,
+            guider_scale,
         ),
         diffusers_format=diffusers_format,
         score_rows=score_rows,
@@ -365,27 +377,42 @@ def _snippet(
     diffusers_format: bool,
     pipeline_tag: str,
     scheduler: str | None,
+    second_component: str | None,
+    complete_class: str | None,
+    guider_scale: float | None,
 ) -> str:
     lines = ["import torch"]
     names = ["DiffusionPipeline"] if "DiffusionPipeline" in load_expression else []
-    if scheduler is not None:
-        names.insert(0, scheduler)
+    names += [name for name in (scheduler, complete_class) if name is not None]
     if names:
         lines.append(f"from diffusers import {', '.join(sorted(names))}")
+    helpers = ["load_image"] * pipeline_tag.startswith("image") + ["export_to_video"] * pipeline_tag.endswith("video")
+    if helpers:
+        lines.append(f"from diffusers.utils import {', '.join(sorted(helpers))}")
     if module := re.match(r"(trl_flow(?:\.[a-z_]+)*)\.\w+", load_expression):
         lines.append(f"import {module[1]}")
-    if not diffusers_format:
+    if not diffusers_format and complete_class is None:
         lines.append("from trl_flow.hub import load_adapter")
     lines += ["", f"pipe = {load_expression}"]
     if scheduler is not None:
         lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)")
-    lines.append(
-        f"pipe.load_lora_weights({json.dumps(adapter)})"
-        if diffusers_format
-        else f'load_adapter(pipe, {json.dumps(adapter)}, component="{component}")'
-    )
+    place = json.dumps(adapter)
+    if complete_class is not None:
+        lines.append(f'pipe.{component} = {complete_class}.from_pretrained({place}, subfolder="{component}")')
+    elif diffusers_format:
+        lines.append(f"pipe.load_lora_weights({place})")
+        if second_component is not None:
+            lines.append(
+                f'pipe.load_lora_weights({place}, subfolder="{second_component}", load_into_{second_component}=True)'
+            )
+    else:
+        lines.append(f'load_adapter(pipe, {place}, component="{component}")')
+    if guider_scale is not None:
+        lines.append(f"pipe.guider = pipe.guider.new(guidance_scale={guider_scale})")
     lines.append('pipe.to("cuda" if torch.cuda.is_available() else "cpu")')
-    arguments = [json.dumps(prompt, ensure_ascii=False)]
+    arguments = [f"prompt={json.dumps(prompt, ensure_ascii=False)}"]
+    if pipeline_tag.startswith("image"):
+        arguments.append('image=load_image("picture.png")')
     arguments += [f"{name}={value!r}" for name, value in call_arguments.items() if value is not None]
     arguments.append('generator=torch.Generator("cpu").manual_seed(0)')
     call = ", ".join(arguments)
@@ -395,7 +422,9 @@ def _snippet(
     else:
         lines += ["image = pipe(", *(f"    {argument}," for argument in arguments), f").{output}"]
     if "video" in pipeline_tag:
-        lines[-1] = lines[-1].replace("image = ", "video = ")
+        start = next(i for i, line in enumerate(lines) if line.startswith("image = pipe("))
+        lines[start] = lines[start].replace("image = ", "video = ")
+        lines.append('export_to_video(video, "video.mp4")')
     else:
         lines.append('image.save("image.png")')
     return "\n".join(lines)

@@ -80,8 +80,12 @@ class GenerateArguments:
             Width in pixels.
         max_sequence_length (`int`, *optional*):
             Text tokens.
+        num_frames (`int`, *optional*):
+            Frames of a video.
         negative_prompt (`str`, *optional*):
             What guidance leads away from.
+        image (`str`, *optional*):
+            File or URL of the picture to start from, for pipelines that edit or animate one.
         compare (`bool`, *optional*, defaults to `False`):
             Whether to show the base model's pictures, from the same noise, above the adapter's.
         output (`str`, *optional*, defaults to `"grid.png"`):
@@ -97,8 +101,10 @@ class GenerateArguments:
             "guidance_scale",
             "height",
             "width",
+            "num_frames",
             "max_sequence_length",
             "negative_prompt",
+            "image",
         ],
     }
 
@@ -148,7 +154,12 @@ class GenerateArguments:
     height: int | None = field(default=None, metadata={"help": "Height in pixels."})
     width: int | None = field(default=None, metadata={"help": "Width in pixels."})
     max_sequence_length: int | None = field(default=None, metadata={"help": "Text tokens."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames of a video."})
     negative_prompt: str | None = field(default=None, metadata={"help": "What guidance leads away from."})
+    image: str | None = field(
+        default=None,
+        metadata={"help": "File or URL of the picture to start from, for pipelines that edit or animate one."},
+    )
     compare: bool = field(
         default=False,
         metadata={
@@ -203,9 +214,12 @@ def run_config(adapter: str | None, revision: str | None = None) -> dict:
 
 def sampling_arguments(pipeline: "DiffusionPipeline", args: GenerateArguments, config: dict) -> dict:
     """Arguments of the pipeline call: what was given, else what the adapter's run evaluated with."""
-    from ..policy import default_call_arguments
+    from ..policy import default_call_arguments, find_family
 
-    names = ["num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length", "negative_prompt"]
+    # Not all pipelines take their guidance by this name.
+    guidance = find_family(pipeline).guidance
+    names = ["num_inference_steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length"]
+    names.append("negative_prompt")
     fallback = {name: config.get(name) for name in names}
     fallback["num_inference_steps"] = config.get("num_eval_inference_steps") or config.get("num_inference_steps")
     if config.get("eval_guidance_scale") is not None:
@@ -216,12 +230,17 @@ def sampling_arguments(pipeline: "DiffusionPipeline", args: GenerateArguments, c
     chosen = {}
     for name in names:
         given = getattr(args, name)
+        value = fallback[name] if given is None else given
+        if name == "guidance_scale" and value is not None:
+            if guidance == "guider":
+                pipeline.guider = pipeline.guider.new(guidance_scale=value)
+                continue
+            name = guidance or name
         if given is not None and name not in accepted:
             raise ValueError(f"{name}={given}: {type(pipeline).__name__} has no such argument")
-        value = fallback[name] if given is None else given
-        if value not in (None, "") and name in accepted:
+        if value is not None and name in accepted:
             chosen[name] = value
-    return chosen
+    return {**(config.get("generation_kwargs") or {}), **chosen}
 
 
 def load_prompt_list(args: GenerateArguments) -> list[str]:
@@ -245,20 +264,23 @@ def load_prompt_list(args: GenerateArguments) -> list[str]:
 def generate(
     pipeline: "DiffusionPipeline", prompts: list[str], count: int, seed: int, sampling: dict, description: str
 ) -> list[list["Image"]]:
-    """`count` pictures for each prompt; the noise depends on the seed and the picture's number alone."""
+    """`count` pictures for each prompt (of a video, some frames side by side); the noise depends on the seed and the picture's number alone."""
     import torch
 
-    if "negative_prompt" in sampling:
-        sampling = {**sampling, "negative_prompt": [sampling["negative_prompt"]] * count}
+    from ..trainer.evaluation import strip
+
     pictures = []
     pipeline.set_progress_bar_config(disable=True)
     for prompt in tqdm(prompts, desc=description, disable=None):
-        # On the CPU, so that a picture is the same whatever it was made on.
-        generators = [torch.Generator("cpu").manual_seed(seed + number) for number in range(count)]
-        output = pipeline(prompt=[prompt] * count, generator=generators, output_type="pil", **sampling)
-        if not hasattr(output, "images"):
-            raise ValueError(f"{type(pipeline).__name__} does not make pictures, and a grid needs them")
-        pictures.append(output.images)
+        row = []
+        for number in range(count):
+            # On the CPU, so that a picture is the same whatever it was made on.
+            generator = torch.Generator("cpu").manual_seed(seed + number)
+            output = pipeline(prompt=prompt, generator=generator, output_type="pil", **sampling)
+            if not hasattr(output, "images") and not hasattr(output, "frames"):
+                raise ValueError(f"{type(pipeline).__name__} makes neither pictures nor videos, and a grid needs them")
+            row.append(output.images[0] if hasattr(output, "images") else strip(output.frames[0]))
+        pictures.append(row)
     return pictures
 
 
@@ -309,6 +331,7 @@ def main(args: GenerateArguments):
         raise ValueError(f"adapter={args.adapter} does not say which model it belongs to: name it with --model")
 
     import torch
+    from diffusers.utils import load_image
 
     from ..policy import load_pipeline
 
@@ -327,6 +350,8 @@ def main(args: GenerateArguments):
     _sample_as_in_training(pipeline)
     pipeline.to(args.device or _default_device())
     sampling = sampling_arguments(pipeline, args, config)
+    if args.image is not None:
+        sampling["image"] = load_image(args.image)
 
     count = args.num_images_per_prompt
     base_pictures = generate(pipeline, prompts, count, args.seed, sampling, "base") if args.compare else None

@@ -202,6 +202,7 @@ def run_training(command: str, script_args: FlowScriptArguments, training_args: 
     trainer = make_trainer(getattr(trl_flow, METHODS[command].trainer), script_args, training_args)
     # What the model asks for where nothing was said: the run is repeated with it.
     config |= {name: trainer.policy.call_arguments[name] for name in default_call_arguments(trainer.base_model)}
+    config |= family_settings(trainer.policy)
     # When training begins, and not before: what is refused leaves no trace.
     trainer.add_callback(_WriteConfig(config, command))
     trainer.train(resume_from_checkpoint=resume)
@@ -213,6 +214,17 @@ def run_training(command: str, script_args: FlowScriptArguments, training_args: 
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}")
     trainer.end()
+
+
+def family_settings(policy) -> dict[str, Any]:
+    """What the pipeline's family gave where nothing was said: it is written down, as records may change."""
+    sizes = ("height", "width", "num_frames")
+    settings = {name: policy.call_arguments[name] for name in sizes if name in policy.call_arguments}
+    if policy.family.guidance is not None:
+        settings["guidance_scale"] = policy.guidance_scale
+    if policy.negative_prompt is not None:
+        settings["negative_prompt"] = policy.negative_prompt
+    return settings
 
 
 class _WriteConfig(TrainerCallback):

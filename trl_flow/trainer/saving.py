@@ -161,6 +161,10 @@ class SavingMixin:
         if not self.is_world_process_zero():
             return
         evaluations = [entry for entry in self.state.log_history if "eval_reward" in entry]
+        guidance = (
+            self.policy.guidance_scale if self.args.eval_guidance_scale is None else self.args.eval_guidance_scale
+        )
+        source = "image" if self.policy.family.image == "required" else "text"
         # "Before" is the base model: without an evaluation at step 0 there is none.
         first = [("before", evaluations[0])] if evaluations and evaluations[0]["step"] == 0 else []
         create_model_card(
@@ -190,9 +194,8 @@ class SavingMixin:
                 "num_inference_steps": self.args.num_eval_inference_steps,
                 **self.policy.call_arguments,
                 **(
-                    {self.policy.family.guidance: self.args.eval_guidance_scale}
-                    if self.args.eval_guidance_scale is not None
-                    and self.policy.family.guidance in self.policy.call_arguments
+                    {self.policy.family.guidance: guidance}
+                    if self.policy.family.guidance in self.policy.call_arguments
                     else {}
                 ),
                 **({"negative_prompt": self.policy.negative_prompt} if self.policy.negative_prompt else {}),
@@ -201,6 +204,12 @@ class SavingMixin:
             model_name=model_name,
             hub_model_id=self.args.hub_model_id,
             component=self.policy.components[0],
+            second_component=next(iter(self.policy.components[1:]), None),
+            complete_class=(
+                type(self.policy.denoisers[self.policy.components[0]]).__name__ if self.args.full_finetuning else None
+            ),
+            guider_scale=guidance if self.policy.family.guidance == "guider" else None,
+            pipeline_tag=f"{source}-to-{'image' if self.policy.num_frames is None else 'video'}",
             scheduler=self.policy.sampler,
             load_expression="trl_flow.policy.load_pipeline('shapes')" if self.base_model == "shapes" else None,
             steps=self.state.global_step,
