@@ -40,6 +40,8 @@ class PipelineFamily:
         diffusion (`bool`): Whether the models predict noise or v, whatever their scheduler is.
         image (`str` or `None`): Whether a picture beside the prompt is `"required"` or `"optional"`; `None` where the
             pipeline takes none.
+        unused_layers (`bool`): Whether some of the adapted layers take no part in an evaluation (the text stream of a last
+            block), which DDP must be told.
         inferred (`bool`): Whether this is no record but what inspection of an unknown pipeline found.
     """
 
@@ -57,6 +59,7 @@ class PipelineFamily:
     num_frames: int | None = None
     diffusion: bool = False
     image: str | None = None
+    unused_layers: bool = False
     inferred: bool = False
 
 
@@ -119,6 +122,7 @@ QWEN_IMAGE = PipelineFamily(
     negative_prompt=" ",
     height=512,
     width=512,
+    unused_layers=True,
 )
 
 QWEN_IMAGE_EDIT = PipelineFamily(
@@ -133,6 +137,7 @@ QWEN_IMAGE_EDIT = PipelineFamily(
     height=512,
     width=512,
     image="required",
+    unused_layers=True,
 )
 
 Z_IMAGE = PipelineFamily(
@@ -225,6 +230,7 @@ HUNYUAN_VIDEO_1_5 = PipelineFamily(
     height=240,
     width=416,
     num_frames=33,
+    unused_layers=True,
 )
 
 # Stable Diffusion 1 and 2, which share a pipeline. Attention is what DDPO and diffusers' text-to-image scripts adapt.
@@ -313,6 +319,7 @@ def find_family(pipeline: DiffusionPipeline) -> PipelineFamily:
         guidance=guidance,
         guidance_scale=float(default) if isinstance(default, (int, float)) else 1.0,
         image=image,
+        unused_layers=True,  # it may have some
         inferred=True,
     )
 

@@ -245,7 +245,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         self._elapsed = 0.0
         if args.ddp_find_unused_parameters is None:
             # Of two denoisers only one is used at a time.
-            args.ddp_find_unused_parameters = len(self.policy.components) > 1
+            args.ddp_find_unused_parameters = self.policy.family.unused_layers or len(self.policy.components) > 1
         super().__init__(
             model=self.policy,
             args=args,
