@@ -15,6 +15,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from trl_flow.prompts import PROMPT_SETS, load_prompts
 
@@ -44,6 +45,26 @@ def test_parts_of_a_file(tmp_path):
     assert load_prompts(str(path), num_prompts=3)["prompt"][:] == ["prompt 0", "prompt 1", "prompt 2"]
     assert len(load_prompts(str(path), num_prompts=99)) == 10
     assert load_prompts(str(path), split="train[8:]")["prompt"][:] == ["prompt 8", "prompt 9"]
+
+
+def test_pictures_to_start_from(tmp_path):
+    """In a file, by their names, from wherever the program runs; and as a folder, in the layout of `datasets`."""
+    folder = tmp_path / "edits" / "train"
+    folder.mkdir(parents=True)
+    rows = [("0.png", "make it red", (255, 0, 0)), ("1.png", "make it blue", (0, 0, 255))]
+    for name, _, color in rows:
+        Image.new("RGB", (8, 6), color).save(folder / name)
+    (folder / "edits.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": text, "image": name}) for name, text, _ in rows)
+    )
+    of_file = load_prompts(str(folder / "edits.jsonl"))
+    lines = [json.dumps({"prompt": text, "file_name": name}) for name, text, _ in rows]
+    (folder / "edits.jsonl").unlink()
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    of_folder = load_prompts(str(tmp_path / "edits"))
+    for dataset in (of_file, of_folder):
+        assert dataset["prompt"][:] == [text for _, text, _ in rows]
+        assert [picture.getpixel((0, 0)) for picture in dataset["image"]] == [color for *_, color in rows]
 
 
 def test_the_embedded_prompts():

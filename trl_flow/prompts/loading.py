@@ -16,7 +16,7 @@
 
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Image, load_dataset
 
 
 PROMPT_SETS = ("shapes",)
@@ -32,8 +32,9 @@ def load_prompts(
 
     Args:
         name (`str`): A prompt set of this library (`"shapes"`), a local file (`.txt` with one prompt per line, `.json`,
-            `.jsonl`, `.csv` or `.parquet`), or the id of a dataset on the Hub. Other columns than `prompt` reach the
-            reward functions.
+            `.jsonl`, `.csv` or `.parquet`), a folder of pictures with a `metadata.jsonl`, or the id of a dataset on the
+            Hub. Other columns than `prompt` reach the reward functions. In a file, a column `image` holds the names of
+            pictures, from the file's own folder.
         split (`str`, *optional*, defaults to `"train"`): Split. A local file has the split `"train"` alone, and
             `"train[:90%]"` and the like take parts of it.
         config (`str`, *optional*): Configuration of a dataset on the Hub.
@@ -59,6 +60,9 @@ def load_prompts(
             ) from error
         if suffix == ".txt":
             dataset = dataset.rename_column("text", "prompt").filter(lambda row: row["prompt"].strip() != "")
+        if getattr(dataset.features.get("image"), "dtype", None) == "string":
+            folder = Path(name).parent
+            dataset = dataset.map(lambda row: {"image": str(folder / row["image"])}).cast_column("image", Image())
     else:
         try:
             dataset = load_dataset(name, config, split=split)
