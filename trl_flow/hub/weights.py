@@ -14,10 +14,12 @@
 
 """What a policy has learned, as files: an adapter or a complete denoiser for each of its components."""
 
+import inspect
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -49,8 +51,8 @@ def save_policy(policy, output_dir: str | Path, base_model: str | None, state_di
         state_dict (`dict[str, torch.Tensor]`, *optional*):
             Weights to save instead of the policy's own, under the names that they have in it.
     """
-    for number, (component, denoiser) in enumerate(policy.denoisers.items()):
-        folder = Path(output_dir) / (component if number or policy.full_finetuning else "")
+    for component, denoiser in policy.denoisers.items():
+        folder = Path(output_dir) / (component if policy.full_finetuning or _is_second(component) else "")
         prefix = f"{component}." if policy.full_finetuning else f"{component}.{PEFT_PREFIX}"
         weights = None
         if state_dict is not None:
@@ -72,6 +74,10 @@ def save_policy(policy, output_dir: str | Path, base_model: str | None, state_di
                     parameter.data = kept[name]
 
 
+def _is_second(component: str) -> bool:
+    return component.endswith("_2")
+
+
 def _holds(name: str, prefix: str) -> bool:
     return name.startswith(prefix) or f".{prefix}" in name
 
@@ -84,12 +90,12 @@ def load_policy(policy, folder: str | Path) -> None:
         FileNotFoundError: The folder holds no such weights.
         ValueError: They are those of another adapter.
     """
-    for number, (component, denoiser) in enumerate(policy.denoisers.items()):
+    for component, denoiser in policy.denoisers.items():
         if policy.full_finetuning:
             saved = type(denoiser).from_pretrained(Path(folder) / component)
             denoiser.load_state_dict(saved.state_dict())
             continue
-        weights = load_file(Path(folder) / (component if number else "") / SAFETENSORS_WEIGHTS_NAME)
+        weights = load_file(Path(folder) / (component if _is_second(component) else "") / SAFETENSORS_WEIGHTS_NAME)
         outcome = set_peft_model_state_dict(denoiser, weights)
         if outcome.unexpected_keys:
             raise ValueError(f"{folder} is of another adapter: {outcome.unexpected_keys[:3]} ... do not fit.")
@@ -99,7 +105,9 @@ def holds_policy(folder: str | Path) -> bool:
     """Whether [`save_policy`] wrote to a folder."""
     folder = Path(folder)
     return (folder / SAFETENSORS_WEIGHTS_NAME).is_file() or any(
-        (folder / component / "config.json").is_file() for component in COMPONENTS
+        (folder / component / name).is_file()
+        for component in COMPONENTS
+        for name in ("config.json", SAFETENSORS_WEIGHTS_NAME)
     )
 
 
@@ -119,6 +127,10 @@ def load_trained(
 
     Returns:
         `DiffusionPipeline`: the same pipeline.
+
+    Raises:
+        FileNotFoundError: Neither a directory nor a Hub id.
+        ValueError: It holds nothing that was trained, or nothing that fits the pipeline.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
@@ -130,10 +142,16 @@ def load_trained(
         denoiser = getattr(pipeline, component)
         denoiser.load_state_dict(type(denoiser).from_pretrained(folder / component, dtype=denoiser.dtype).state_dict())
     if not complete:
-        load_adapter(pipeline, folder)
-        for component in COMPONENTS:
-            if (folder / component / "adapter_config.json").is_file():
-                load_adapter(pipeline, folder / component, component)
+        more = [component for component in COMPONENTS if (folder / component / "adapter_config.json").is_file()]
+        if [*folder.glob("*.safetensors"), *folder.glob("*lora*.bin")]:
+            load_adapter(pipeline, folder)
+        elif not more:
+            raise ValueError(
+                f"{folder} holds nothing that was trained: expected {SAFETENSORS_WEIGHTS_NAME}, {DIFFUSERS_WEIGHTS_NAME} or "
+                f"the folder of a denoiser ({', '.join(COMPONENTS)})."
+            )
+        for component in more:
+            load_adapter(pipeline, folder / component, component)
     return pipeline
 
 
@@ -155,24 +173,34 @@ def read_adapter(pipeline: DiffusionPipeline, name_or_path: str | Path, revision
 
     Raises:
         FileNotFoundError: Neither a directory nor a Hub id.
-        ValueError: There is no adapter, or one that is no LoRA in diffusers' names.
+        ValueError: There is no adapter, one of another model, or one that is no LoRA of the denoisers alone.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
         if not HUB_ID.fullmatch(str(name_or_path)):
             raise FileNotFoundError(f"adapter={str(name_or_path)!r} is neither a directory nor a Hub id.")
         folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=list(TRAINED_FILES)))
-    first = next(
-        component for component in COMPONENTS if isinstance(pipeline.components.get(component), torch.nn.Module)
-    )
+    denoisers = {name: pipeline.components.get(name) for name in COMPONENTS}
+    first = next(name for name, denoiser in denoisers.items() if isinstance(denoiser, torch.nn.Module))
     found = {}
-    for component in COMPONENTS:
-        place = folder if component == first else folder / component
+    for component in (first, "transformer_2"):
+        place = folder / component if _is_second(component) else folder
         if (place / "adapter_config.json").is_file():
             config = PeftConfig.from_pretrained(str(place))
             config.inference_mode = False
             found[component] = config, load_file(place / SAFETENSORS_WEIGHTS_NAME)
-    return found or _read_diffusers_adapter(pipeline, folder, first)
+    found = found or _read_diffusers_adapter(pipeline, folder, first)
+    for component, (_, weights) in found.items():
+        layers = dict(denoisers[component].named_modules()) if denoisers[component] is not None else {}
+        for name, value in weights.items():
+            layer, is_first, _ = name.removeprefix(PEFT_PREFIX).partition(".lora_A.")
+            own = layers.get(layer)
+            if is_first and value.shape[1] != getattr(own, "in_features", getattr(own, "in_channels", None)):
+                raise ValueError(
+                    f"{folder} is the adapter of another model: the {component} of {type(pipeline).__name__} has no "
+                    f"layer {layer} with {value.shape[1]} inputs."
+                )
+    return found
 
 
 def _read_diffusers_adapter(pipeline: DiffusionPipeline, folder: Path, component: str):
@@ -181,8 +209,19 @@ def _read_diffusers_adapter(pipeline: DiffusionPipeline, folder: Path, component
             f"{folder} holds no adapter for {type(pipeline).__name__}: expected adapter_config.json and "
             f"{SAFETENSORS_WEIGHTS_NAME} (PEFT), or {DIFFUSERS_WEIGHTS_NAME} (diffusers)."
         )
-    state, *_, metadata = pipeline.lora_state_dict(str(folder), return_lora_metadata=True)
+    asked = (
+        {"return_alphas": True} if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters else {}
+    )
+    state, *alphas, metadata = pipeline.lora_state_dict(str(folder), return_lora_metadata=True, **asked)
+    # diffusers' scripts for Stable Diffusion call the two matrices `lora.down` and `lora.up`.
+    state = convert_unet_state_dict_to_peft(state)
     prefix = f"{component}."
+    others = [name for name in state if not name.startswith(prefix)]
+    if others:
+        raise ValueError(
+            f"{folder} adapts more than the {component}: {others[0]} and {len(others) - 1} more. Only denoisers are "
+            "trained; put the adapter into the base first (pipeline.fuse_lora, pipeline.unload_lora_weights)."
+        )
     weights = {
         PEFT_PREFIX + name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
     }
@@ -195,10 +234,14 @@ def _read_diffusers_adapter(pipeline: DiffusionPipeline, folder: Path, component
         name.removeprefix(prefix): value for name, value in (metadata or {}).items() if name.startswith(prefix)
     }
     if not settings:
-        if len(set(ranks.values())) > 1:
-            raise ValueError(f"{folder} has ranks {sorted(set(ranks.values()))} and no configuration that says where.")
+        scales = {float(alpha) for alpha in (alphas[0] or {}).values()} if alphas else set()
+        if len(set(ranks.values())) > 1 or len(scales) > 1:
+            raise ValueError(
+                f"{folder} has ranks {sorted(set(ranks.values()))}, scales {sorted(scales)} and no configuration that "
+                "says where."
+            )
         # What diffusers takes where nothing is said: alpha = r.
         layers = [name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight") for name in ranks]
         settings = {"r": next(iter(ranks.values())), "target_modules": layers}
-        settings["lora_alpha"] = settings["r"]
+        settings["lora_alpha"] = scales.pop() if scales else settings["r"]
     return {component: (LoraConfig(**settings), weights)}
