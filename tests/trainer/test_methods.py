@@ -1022,7 +1022,6 @@ def test_any_flow_grpo_config_works_in_any_trainer(make_trainer, trainer_class, 
             {
                 "num_inference_steps": 16,
                 "num_generations": 12,
-                "guidance_scale": 3.5,
                 "sde_type": "dance",
                 "noise_level": 0.3,
                 "same_initial_noise": True,

@@ -269,13 +269,19 @@ def _compare_replay(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, condition:
         )
     shape = tuple(noted[0][1].shape[1:])
     if shape != policy.latent_shape:
+        if condition.latent_shape == shape:
+            raise Untrainable(
+                f"the size of its latents follows the picture that it starts from: {shape} for this picture, "
+                f"{policy.latent_shape} for the grey square that stands for all of them. Set height and width, or use "
+                "square pictures where its call has neither"
+            )
         fewer = math.prod(shape) < math.prod(policy.latent_shape)
         raise Untrainable(
-            f"the stock pipeline denoises latents of shape {shape}, and prepares ones of shape {policy.latent_shape}"
+            f"the stock pipeline denoises latents of shape {shape}, and prepares ones of shape {policy.latent_shape}: "
             + (
-                ": part of them (a first frame, say) is given, and only the rest is the model's to choose"
+                "part of them (a first frame or a mask, say) is given, and only the rest is the model's to choose"
                 if fewer
-                else ""
+                else "what it denoises holds more than what it makes (the pictures that it starts from, say)"
             )
         )
     diagnosis.replay_error, scale = 0.0, 0.0
@@ -294,14 +300,14 @@ def _compare_replay(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, condition:
                 expected = flow_velocity(output.float(), latents, exact, prediction)
             velocity = policy(latents, sigma, [condition])
             again = policy(latents, sigma, [condition])
+            if not velocity.isfinite().all():
+                raise Untrainable(f"the velocity at sigma {sigma:.3g} is not finite")
             if not torch.equal(velocity, again):
                 raise Untrainable(
                     "the same latents give another velocity the second time: "
                     + (f"{_names(calls)} runs anew in every evaluation and" if calls else "the model")
                     + " draws random numbers"
                 )
-            if not velocity.isfinite().all():
-                raise Untrainable(f"the velocity at sigma {sigma:.3g} is not finite")
             diagnosis.replay_error = max(diagnosis.replay_error, (velocity - expected).abs().max().item())
             scale = max(scale, expected.std().item())
     diagnosis.encoder_calls = math.ceil(len(calls) / (2 * len(noted)))
@@ -323,7 +329,7 @@ def _compare_replay(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, condition:
 
 
 def _names(calls: list[str]) -> str:
-    return ", ".join(sorted(set(calls)))
+    return ", ".join(f"`{name}`" for name in sorted(set(calls)))
 
 
 @contextmanager
@@ -469,7 +475,7 @@ def _note_gradients(policy: FlowPolicy, diagnosis: Diagnosis, trained: list[str]
     if zero:
         diagnosis.notes.append(
             f"{len(zero)} of {len(trained)} trained tensors have a zero gradient, such as {_short(zero[0])}: the "
-            "model discards what they compute (mostly the text side of its last block)"
+            "velocity does not depend on what they compute (mostly on the text side of the last block)"
         )
     unused = [name for name in trained if name in unused]
     if unused and len(policy.components) == 1:

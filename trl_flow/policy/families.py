@@ -239,6 +239,7 @@ STABLE_DIFFUSION = PipelineFamily(
     pipelines=("StableDiffusionPipeline",),
     lora_target_modules=ATTENTION,
     components=("unet",),
+    guidance_scale=5.0,
     diffusion=True,
 )
 
@@ -247,6 +248,7 @@ STABLE_DIFFUSION_XL = PipelineFamily(
     pipelines=("StableDiffusionXLPipeline",),
     lora_target_modules=ATTENTION,
     components=("unet",),
+    guidance_scale=5.0,
     diffusion=True,
 )
 

@@ -30,7 +30,6 @@ class B2DiffuRLConfig(FlowGRPOFastConfig):
     """
 
     num_inference_steps: int = with_default(FlowGRPOFastConfig, "num_inference_steps", 20)
-    guidance_scale: float = with_default(FlowGRPOFastConfig, "guidance_scale", 5.0)
     sde_type: str = with_default(FlowGRPOFastConfig, "sde_type", "flow")
     noise_level: list[str] = with_default(FlowGRPOFastConfig, "noise_level", 0.7)
     num_generations: int = with_default(FlowGRPOFastConfig, "num_generations", 5)

@@ -31,7 +31,6 @@ class DanceGRPOConfig(FlowGRPOConfig):
     """
 
     num_inference_steps: int = with_default(FlowGRPOConfig, "num_inference_steps", 16)
-    guidance_scale: float = with_default(FlowGRPOConfig, "guidance_scale", 3.5)
     sde_type: str = with_default(FlowGRPOConfig, "sde_type", "dance")
     noise_level: list[str] = with_default(FlowGRPOConfig, "noise_level", 0.3)
     same_initial_noise: bool = with_default(FlowGRPOConfig, "same_initial_noise", True)

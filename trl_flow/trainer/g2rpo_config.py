@@ -34,7 +34,6 @@ class G2RPOConfig(FlowGRPOConfig):
     """
 
     num_inference_steps: int = with_default(FlowGRPOConfig, "num_inference_steps", 16)
-    guidance_scale: float = with_default(FlowGRPOConfig, "guidance_scale", 3.5)
     num_generations: int = with_default(FlowGRPOConfig, "num_generations", 12)
     same_initial_noise: bool = with_default(FlowGRPOConfig, "same_initial_noise", True)
     beta: float = with_default(FlowGRPOConfig, "beta", 0.0)

@@ -35,7 +35,6 @@ class MixGRPOConfig(FlowGRPOFastConfig):
 
     num_inference_steps: int = with_default(FlowGRPOFastConfig, "num_inference_steps", 25)
     num_eval_inference_steps: int = with_default(FlowGRPOFastConfig, "num_eval_inference_steps", 50)
-    guidance_scale: float = with_default(FlowGRPOFastConfig, "guidance_scale", 3.5)
     sde_type: str = with_default(FlowGRPOFastConfig, "sde_type", "flow")
     noise_level: list[str] = with_default(FlowGRPOFastConfig, "noise_level", 0.7)
     num_generations: int = with_default(FlowGRPOFastConfig, "num_generations", 12)
