@@ -252,6 +252,17 @@ def test_full_finetuning(make_trainer, tmp_path):
     )
 
 
+def test_full_finetuning_of_a_pipeline_in_half_precision(make_trainer):
+    """Trains float32 weights under autocast; without, text and denoiser would not fit together."""
+    settings = {"full_finetuning": True, "peft_config": None, "learning_rate": 1e-3}
+    with pytest.raises(ValueError, match="full_finetuning=True keeps the denoiser in float32.*Set bf16=True"):
+        make_trainer(model=tiny_pipeline("StableDiffusion3Pipeline").to(torch.bfloat16), **settings)
+    trainer = make_trainer(model=tiny_pipeline("StableDiffusion3Pipeline").to(torch.bfloat16), bf16=True, **settings)
+    trainer.train()
+    assert {parameter.dtype for parameter in trainer.policy.parameters()} == {torch.float32}
+    assert logged(trainer, "grad_norm")[0] > 0
+
+
 @pytest.mark.parametrize("killed_after", [1, 2])
 def test_full_finetuning_resumes_bit_exactly(make_trainer, tmp_path, killed_after):
     settings = {

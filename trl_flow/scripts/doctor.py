@@ -294,7 +294,7 @@ def print_diagnosis(diagnosis: "Diagnosis", transition_batch_size: int, console:
 def verdict(diagnosis: "Diagnosis") -> str:
     """One sentence for a user."""
     if not diagnosis.trains:
-        return f"Does not train: {diagnosis.problem.removesuffix('.')}."
+        return f"Does not train: {diagnosis.problem.strip().removesuffix('.')}."
     return (
         f"Trains: what the policy computes is what {diagnosis.pipeline} computes, and gradients reach what is trained."
     )

@@ -18,7 +18,10 @@ import itertools
 from collections.abc import Callable
 
 import PIL.Image
+import torch
 from datasets import Dataset
+from diffusers import DiffusionPipeline
+from torch import nn
 
 from ..prompts import PROMPT_SETS, load_prompts
 from ..rewards import load_reward, reward_name
@@ -60,6 +63,16 @@ def check_dataset(dataset, argument: str):
     for number, prompt in enumerate(dataset["prompt"]):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{argument}: the prompt of row {number} is {prompt!r}; expected a text.")
+
+
+def check_precision(pipeline: DiffusionPipeline, args):
+    """Refuses float32 weights beside encoders in half precision, where nothing casts between the two."""
+    dtypes = {c.dtype for c in pipeline.components.values() if isinstance(c, nn.Module) and hasattr(c, "dtype")}
+    if args.full_finetuning and dtypes != {torch.float32} and not (args.bf16 or args.fp16):
+        raise ValueError(
+            f"full_finetuning=True keeps the denoiser in float32, and the pipeline holds {sorted(map(str, dtypes))}. Set "
+            "bf16=True (or fp16=True), or load the pipeline in float32."
+        )
 
 
 def check_images(dataset: Dataset, argument: str):

@@ -47,7 +47,7 @@ from ..policy import FlowPolicy, default_call_arguments, load_pipeline
 from ..policy.doctor import Diagnosis, Untrainable, examine_policy
 from ..report import ProgressLine, write_report
 from ..rollout import Plan, Rollout, chain_plan, coefficients, log_prob, transition
-from .arguments import check_dataset, check_images, load_rewards, own_prompts
+from .arguments import check_dataset, check_images, check_precision, load_rewards, own_prompts
 from .evaluation import EvaluationMixin
 from .flow_grpo_config import FlowGRPOConfig
 from .noise_table import load_noise_table
@@ -195,6 +195,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         for name, value in default_call_arguments(model).items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
+        check_precision(pipeline, args)
         adapter = read_adapter(pipeline, args.adapter_name_or_path) if args.adapter_name_or_path else {}
         if adapter and peft_config is not None:
             raise ValueError(
