@@ -204,7 +204,6 @@ SETTINGS = {
         "width": 416,
         "num_frames": 33,
         "guidance_scale": 4.5,
-        # Its grid begins just below 1, where the dynamics "flow" adds noise out of all proportion.
         "sde_type": "dance",
         "noise_level": 0.7,
         "rollout_batch_size": 8,

@@ -61,7 +61,10 @@ def test_first_step_from_pure_noise(dynamics):
     assert std == pytest.approx(expected_std, rel=1e-12)
     if dynamics == "flow":
         assert diffusion_coefficient(1.0, 0.9375, 0.7, "flow") == pytest.approx(0.7 / math.sqrt(0.0625), rel=1e-12)
-        # Just below 1 the plain formula holds.
+        # Where UniPC's and DPM-Solver's grids begin, as at 1: q would be 70.
+        expected = 0.7 * math.sqrt(0.9999 / 0.0625)
+        assert diffusion_coefficient(0.9999, 0.9375, 0.7, "flow") == pytest.approx(expected, rel=1e-12)
+        # Below that the plain formula holds.
         assert diffusion_coefficient(0.999, 0.9375, 0.7, "flow") == pytest.approx(0.7 * math.sqrt(999), rel=1e-9)
 
 
