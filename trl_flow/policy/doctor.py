@@ -454,8 +454,8 @@ def _compare_training(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, conditio
         raise Untrainable("no gradient reaches a trained weight")
     if diagnosis.ratio_error > RATIO_BOUND and _bound(policy) <= 1e-5:
         raise Untrainable(
-            f"the same transition's probability in training differs from that in the rollout, by a ratio of "
-            f"1 {diagnosis.ratio_error:+.2g}: the model computes something else when gradients are wanted"
+            "the same transition's probability in training differs from that in the rollout (their ratio is off by "
+            f"{diagnosis.ratio_error:.2g}): the model computes something else when gradients are wanted"
         )
     _note_gradients(policy, diagnosis, list(trained), reached, unused)
     if diagnosis.ratio_error > 1e-3:
