@@ -387,11 +387,31 @@ def test_an_adapter_beside_another_configuration(tmp_path):
         make_trainer(tiny_sd3(), tmp_path, tmp_path / "run", peft_config=lora())
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 2}, r"lora_A.weight has the shape \(3, 16\), expected \(2, 16\)"),
+        ({"target_modules": ["attn.to_q"]}, r"lora_A.weight has the shape \(3, 16\), expected None"),
+        ({"use_dora": True}, r"lora_magnitude_vector has the shape None, expected \(16,\)"),
+        ({"target_modules": "all-linear"}, r"has the shape None, expected"),
+    ],
+    ids=["rank", "fewer layers", "dora", "more layers"],
+)
+def test_an_adapter_of_another_configuration(settings, message, tmp_path):
+    """Half of an adapter would be taken for all of it."""
+    save_policy(sd3_policy(lora()), tmp_path, "an/id")
+    policy = sd3_policy(lora(**settings))
+    before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    with pytest.raises(ValueError, match="is of another adapter: .*" + message):
+        load_policy(policy, tmp_path)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in policy.named_parameters())
+
+
 @pytest.mark.parametrize("two", [False, True])
 def test_an_adapter_of_another_model(two, tmp_path):
     policy = wan_policy(lora() if two else {"transformer": lora()})
     save_policy(policy, tmp_path, "an/id")
-    with pytest.raises(ValueError, match="is of another adapter: .* do not fit"):
+    with pytest.raises(ValueError, match="is of another adapter: .* has the shape .*, expected None"):
         load_policy(sd3_policy(lora()), tmp_path)
     with pytest.raises(
         ValueError, match="is the adapter of another model: the transformer of StableDiffusion3Pipeline"

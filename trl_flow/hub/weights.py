@@ -21,7 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftConfig, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
@@ -96,9 +96,16 @@ def load_policy(policy, folder: str | Path) -> None:
             denoiser.load_state_dict(saved.state_dict())
             continue
         weights = load_file(Path(folder) / (component if _is_second(component) else "") / SAFETENSORS_WEIGHTS_NAME)
-        outcome = set_peft_model_state_dict(denoiser, weights)
-        if outcome.unexpected_keys:
-            raise ValueError(f"{folder} is of another adapter: {outcome.unexpected_keys[:3]} ... do not fit.")
+        own, found = (
+            {name: tuple(value.shape) for name, value in state.items()}
+            for state in (get_peft_model_state_dict(denoiser), weights)
+        )
+        if own != found:
+            name = min(name for name, _ in own.items() ^ found.items())
+            raise ValueError(
+                f"{folder} is of another adapter: {name} has the shape {found.get(name)}, expected {own.get(name)}."
+            )
+        set_peft_model_state_dict(denoiser, weights)
 
 
 def holds_policy(folder: str | Path) -> bool:
