@@ -49,15 +49,9 @@ SETTINGS = ("height", "width", "num_frames", "max_sequence_length", "negative_pr
 # A source that names one of these samples a flow: its scheduler, or the setting that makes one of UniPC.
 FLOW_SOURCE = re.compile(r"FlowMatch\w*Scheduler|FlowMap\w*Scheduler|use_flow_sigmas|scheduler: UniPC")
 TRAINS, REFUSED, UNTRIED = "What trains", "What does not train", "What was not tried"
-# Where the tests call a pipeline in a way that would hide what it can. With fewer text tokens than 512, three take the end
-# of the text for their picture (https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/models/transformers/
-# transformer_wan.py#L88); of the fourth, which has no height and width, the picture says the size, and ours is square.
-OVERRIDES = {
-    "WanImageToVideoPipeline": {"max_sequence_length": 512},
-    "SkyReelsV2ImageToVideoPipeline": {"max_sequence_length": 512},
-    "ChronoEditPipeline": {"max_sequence_length": 512},
-    "HunyuanVideo15ImageToVideoPipeline": {"image": None},
-}
+# Where the tests call a pipeline in a way that would hide what it can: it has no height and width, its picture says the
+# size, and ours is square.
+OVERRIDES = {"HunyuanVideo15ImageToVideoPipeline": {"image": None}}
 REMARKS = {"HunyuanVideo15ImageToVideoPipeline": "square pictures"}
 # What the doctor says, in the few words that a table has room for; the legend below it says more.
 SHORT = {

@@ -1012,7 +1012,8 @@ ARGUMENTS: dict[str, dict] = {
     "WanPipeline": WAN,
     "WanPipeline/2.2": WAN | {"guidance_scale": 4.0, "guidance_scale_2": 3.0},
     "WanPipeline/5b": WAN | {"height": 32, "width": 64},
-    "WanImageToVideoPipeline": WAN | {"image": picture()},
+    # With fewer text tokens than 512, these three take the end of the text for their picture.
+    "WanImageToVideoPipeline": WAN | {"image": picture(), "max_sequence_length": 512},
     "LTXPipeline": LTX,
     "HunyuanVideoPipeline": HUNYUAN_VIDEO,
     "HunyuanVideo15Pipeline": {"height": 32, "width": 64, "num_frames": 5},
@@ -1030,14 +1031,14 @@ ARGUMENTS: dict[str, dict] = {
     "HunyuanVideoFramepackPipeline": HUNYUAN_VIDEO | {"num_frames": 9, "latent_window_size": 3, "image": picture()},
     "HunyuanVideo15ImageToVideoPipeline": {"image": picture(), "num_frames": 5},
     "SkyReelsV2Pipeline": WAN,
-    "SkyReelsV2ImageToVideoPipeline": WAN | {"image": picture()},
+    "SkyReelsV2ImageToVideoPipeline": WAN | {"image": picture(), "max_sequence_length": 512},
     "SkyReelsV2DiffusionForcingPipeline": WAN,
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": WAN | {"image": picture()},
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": WAN
     | {"num_frames": 9, "base_num_frames": 9, "overlap_history": 5, "video": clip(5)},
     # With a list of prompts this one and the one above want a list of as many videos.
     "LucyEditPipeline": WAN | {"height": 32, "width": 64, "video": [picture(32, 64)] * 5},
-    "ChronoEditPipeline": WAN | {"image": picture()},
+    "ChronoEditPipeline": WAN | {"image": picture(), "max_sequence_length": 512},
     "MochiPipeline": SMALL | {"num_frames": 7, "guidance_scale": 4.5, "max_sequence_length": 16},
     "SanaVideoPipeline": SANA_VIDEO,
     "SanaImageToVideoPipeline": SANA_VIDEO | {"image": picture()},

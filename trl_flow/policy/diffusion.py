@@ -99,7 +99,8 @@ def check_scheduler(scheduler: SchedulerMixin):
     # A scheduler without a beta schedule (EDM) has another noise schedule than DDIM would take by default.
     if name not in [known.name for known in KarrasDiffusionSchedulers] or "beta_schedule" not in config:
         raise ValueError(
-            f"scheduler={name}: its noise schedule cannot be read as DDIM's. Give the pipeline a diffusion scheduler "
+            f"scheduler={name}: its noise schedule cannot be read as DDIM's. A model that was made for few steps of this "
+            "scheduler (consistency, flow maps) cannot be trained here; for another, give the pipeline a diffusion scheduler "
             "such as DDIMScheduler, PNDMScheduler or DPMSolverMultistepScheduler."
         )
     prediction_type = config.get("prediction_type", "epsilon")

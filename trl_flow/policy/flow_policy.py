@@ -109,15 +109,15 @@ class FlowPolicy(nn.Module):
         self._layouts: dict[tuple[float, bool], tuple[dict, bool]] = {}
         # `__call__` without `torch.no_grad`, so that gradients reach the denoiser.
         self._call = inspect.unwrap(type(pipeline).__call__)
-        self.call_arguments = self._resolve_arguments(
-            {
-                "height": height,
-                "width": width,
-                "num_frames": num_frames,
-                "max_sequence_length": max_sequence_length,
-                **(generation_kwargs or {}),
-            }
-        )
+        named = {
+            "height": height,
+            "width": width,
+            "num_frames": num_frames,
+            "max_sequence_length": max_sequence_length,
+        }
+        # None is a wish where it is written among the call's own arguments, and none where a setting is left out.
+        given = {name: value for name, value in named.items() if value is not None}
+        self.call_arguments = self._resolve_arguments(given | (generation_kwargs or {}))
 
         self.is_flow = is_flow(pipeline.scheduler) and not family.diffusion
         if self.is_flow:
@@ -180,8 +180,7 @@ class FlowPolicy(nn.Module):
         own_size = getattr(self.pipeline, "default_sample_size", None)
         if isinstance(own_size, int) and (arguments.get("height") or 0) > own_size * self.pipeline.vae_scale_factor:
             arguments["height"] = arguments["width"] = None
-        arguments |= {name: value for name, value in given.items() if value is not None}
-        arguments = {name: value for name, value in arguments.items() if value is not None}
+        arguments = {name: value for name, value in arguments.items() if value is not None} | given
         if "max_area" in parameters and {"height", "width"} <= arguments.keys():
             # What is asked for would be enlarged to this area.
             arguments.setdefault("max_area", arguments["height"] * arguments["width"])
@@ -189,6 +188,16 @@ class FlowPolicy(nn.Module):
             raise ValueError(
                 f"true_cfg_scale={arguments['true_cfg_scale']} has no effect in {name} without a negative prompt. Set "
                 "negative_prompt, be it to ''."
+            )
+        takes_picture_tokens = any(
+            getattr(getattr(self.pipeline, component).config, "image_dim", None)
+            for component in self.family.components
+            if getattr(self.pipeline, component, None) is not None
+        )
+        if takes_picture_tokens and arguments.get("max_sequence_length", 512) != 512:
+            raise ValueError(
+                f"max_sequence_length={arguments['max_sequence_length']}: the transformer of {name} tells text from picture by "
+                "512 text tokens. Leave it unset."
             )
         return arguments
 
@@ -290,7 +299,7 @@ class FlowPolicy(nn.Module):
                 "there a column `image` in the dataset?"
             )
         image = image if self.family.image else None
-        key = prompt, image_key(image), self.guidance_scale
+        key = prompt, image_key(image), self.guidance_scale, self.device
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]

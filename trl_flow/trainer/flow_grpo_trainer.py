@@ -196,6 +196,10 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             if getattr(args, name) is None:
                 setattr(args, name, value)
         check_precision(pipeline, args)
+        for component in pipeline.components.values():
+            # 8-bit weights of bitsandbytes are where they were loaded, and cannot be moved.
+            if isinstance(component, nn.Module) and not getattr(component, "is_loaded_in_8bit", False):
+                component.to(args.device)
         adapter = read_adapter(pipeline, args.adapter_name_or_path) if args.adapter_name_or_path else {}
         if adapter and peft_config is not None:
             raise ValueError(
@@ -222,10 +226,6 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             check_images(train_dataset, "train_dataset")
             if eval_dataset is not None:
                 check_images(eval_dataset, "eval_dataset")
-        for component in pipeline.components.values():
-            # 8-bit weights of bitsandbytes are where they were loaded, and cannot be moved.
-            if isinstance(component, nn.Module) and not getattr(component, "is_loaded_in_8bit", False):
-                component.to(args.device)
         if self.policy.family.inferred:
             self._examine()
         self.sigmas = self.policy.sigmas(args.num_inference_steps, args.sigmas)
