@@ -47,18 +47,13 @@ SETTINGS = ("height", "width", "num_frames", "max_sequence_length", "negative_pr
 PROMPT = "a red circle"
 
 
-def arguments_of(name):
-    # Wan tells a picture's tokens from those of the text by counting 512 of the latter.
-    return call_arguments(name) | ({"max_sequence_length": 512} if name == "WanImageToVideoPipeline" else {})
-
-
 def family_of(name):
     return next(family for family in FAMILIES if name.partition("/")[0] in family.pipelines)
 
 
 def make_policy(name, **changes):
     """A policy whose adapter is as if it had been trained, and the picture that its pipeline starts from."""
-    arguments = arguments_of(name) | changes
+    arguments = call_arguments(name) | changes
     image, guidance_scale = arguments.pop("image", None), arguments.pop(family_of(name).guidance, None)
     settings = {argument: arguments.pop(argument) for argument in SETTINGS if argument in arguments}
     policy = FlowPolicy(
@@ -85,7 +80,7 @@ def stock_run(name, pipeline, steps=4, guidance_scale=None, output_type="latent"
     The stock pipeline's own call: what it gives, and what its scheduler is given: (sigma or timestep, latents, model
     output). Solvers of higher order, and those that draw noise, take Euler steps instead of theirs.
     """
-    arguments = arguments_of(name) | changes
+    arguments = call_arguments(name) | changes
     if guidance_scale is not None and family_of(name).guidance == "guider":
         pipeline.guider = pipeline.guider.new(guidance_scale=guidance_scale)
     elif guidance_scale is not None:
