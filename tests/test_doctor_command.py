@@ -241,7 +241,7 @@ def test_check_names_what_changed(models, monkeypatch, tmp_path, capsys):
     found = {"FluxPipeline": GOOD, "MochiPipeline": BAD}
     page = tmp_path / "models.md"
     monkeypatch.setattr(models, "TINY_PIPELINES", tuple(found))
-    monkeypatch.setattr(models, "examine_tiny", found.__getitem__)
+    monkeypatch.setattr(models, "examine_tiny", lambda name, dtype=None: found.get(name, GOOD))
     monkeypatch.setattr(models, "untried_pipelines", lambda: {})
     assert models.main(["--output", str(page)]) == 0
     written = page.read_text()

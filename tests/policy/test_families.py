@@ -322,7 +322,14 @@ def test_gradients_reach_all_that_matters(name):
     assert components == ([{policy.components[0]}, {policy.components[-1]}])
 
 
-# Not Chroma: diffusers 0.42 checkpoints its single-stream blocks without their attention mask.
+def test_gradient_checkpointing_that_changes_the_velocity_is_refused():
+    """diffusers 0.42 checkpoints Chroma's single-stream blocks without their attention mask."""
+    policy, _ = make_policy("ChromaPipeline")
+    with pytest.raises(ValueError, match=r"ChromaPipeline computes another velocity .* \(it is off by .*%\)"):
+        policy.gradient_checkpointing_enable()
+    assert not policy.pipeline.transformer.is_gradient_checkpointing
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name != "ChromaPipeline"])
 def test_gradient_checkpointing_gives_the_same_gradients(name):
     first, *_, last, _ = cached(name).policy.sigmas(4).tolist()

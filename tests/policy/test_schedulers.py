@@ -164,22 +164,35 @@ def test_sigmas_of_the_users_own(name):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @torch.no_grad()
-def test_timesteps_between_the_points_of_the_grid(name):
-    """Rollouts with a tail of its own steps visit noise levels that no grid holds."""
+def test_timesteps_between_and_below_the_points_of_the_grid(name):
+    """Tails of other grids, and forward processes, visit noise levels that no grid holds."""
     policy = make_policy(*SCHEDULERS[name])
     told = timesteps_of(policy)
-    grid = policy.sigmas(4)[:-1]
-    sigmas = sorted([*grid.tolist(), *((grid[:-1] + grid[1:]) / 2).tolist()], reverse=True)
+    grid = policy.sigmas(4)
+    between = [(a + b) / 2 for a, b in zip(grid.tolist(), grid[1:].tolist(), strict=False)]
     conditioning = policy.conditioning([PROMPT])
+    sigmas = sorted([*grid[:-1].tolist(), *between, grid[-2].item() / 10], reverse=True)
     for sigma in sigmas:
         policy(torch.zeros(1, *policy.latent_shape), sigma, conditioning)
-    # Once or, with guidance, twice for each velocity.
     seen = torch.stack([timestep.flatten()[0].double() for timestep in told[:: len(told) // len(sigmas)]])
-    assert len(seen) == len(sigmas) and (seen.diff() < 0).all()
+    assert (seen.diff() < 0).all()
     # The stock timesteps are 1000 sigma, whole numbers, or not yet shifted (CogView4); some models are told 1 of 1000.
     if name != "unshifted timesteps":
         largest = 1000.0 if seen[0] > 1 else 1.0
         assert (seen / largest - torch.tensor(sigmas, dtype=torch.float64)).abs().max() < 2e-3
+
+
+@torch.no_grad()
+def test_grids_that_were_asked_for_in_between_do_not_change_timesteps():
+    """An evaluation has another grid than the rollout whose transitions are trained on before and after it."""
+    policy = make_policy(*SCHEDULERS["unipc of Wan"])
+    told = timesteps_of(policy)
+    conditioning, latents = policy.conditioning([PROMPT]), torch.zeros(1, *policy.latent_shape)
+    sigma = policy.sigmas(4)[:2].mean().item()
+    policy(latents, sigma, conditioning)
+    policy.sigmas(10)
+    policy(latents, sigma, conditioning)
+    assert torch.equal(told[0], told[-1])
 
 
 # ---- What is no grid from noise to a picture ----

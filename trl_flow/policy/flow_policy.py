@@ -477,6 +477,8 @@ class FlowPolicy(nn.Module):
         Context in which the policy is the frozen base model. An adapter is switched off; for full fine-tuning, copies of
         the denoisers take their place, which must have been made by [`FlowPolicy.keep_reference`] before training.
         """
+        if self.full_finetuning and not self._references:
+            raise ValueError("The base model is gone after full fine-tuning: call keep_reference() before training.")
         with ExitStack() as stack:
             for name, denoiser in self.denoisers.items():
                 if self.full_finetuning:
@@ -502,6 +504,35 @@ class FlowPolicy(nn.Module):
             )
         for name in self.components:
             getattr(self.pipeline, name).enable_gradient_checkpointing()
+        self._check_gradient_checkpointing()
+
+    def _check_gradient_checkpointing(self):
+        """
+        diffusers calls a block in another way when it checkpoints it, and not always with all arguments: ChromaPipeline's
+        (in 0.42) lose their attention mask. What is trained would not be what was sampled.
+        """
+        condition = self.blank()
+        half = condition.latent_dtype != torch.float32
+        latents = torch.randn(1, *self.latent_shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        # As training does it: complete denoisers are float32, whatever the encoders are.
+        autocast = torch.autocast(self.device.type, condition.latent_dtype, enabled=half and self.full_finetuning)
+        for sigma in self.sigmas(2)[:-1].tolist():
+            with autocast:
+                with torch.no_grad():
+                    expected = self(latents, sigma, [condition])
+                try:
+                    with torch.enable_grad():
+                        error = (self(latents, sigma, [condition]).detach() - expected).std() / expected.std()
+                except (TypeError, AttributeError) as failure:
+                    error = f"fails: {failure}"
+            if isinstance(error, str) or error > (1e-2 if half else 1e-4):
+                for name in self.components:
+                    getattr(self.pipeline, name).disable_gradient_checkpointing()
+                raise ValueError(
+                    f"gradient_checkpointing=True: {type(self.pipeline).__name__} computes another velocity when it "
+                    f"checkpoints activations ({error if isinstance(error, str) else f'it is off by {error:.1%}'}), which is "
+                    "an error of the installed diffusers. Set gradient_checkpointing=False."
+                )
 
     activation_checkpointing_enable = gradient_checkpointing_enable
 

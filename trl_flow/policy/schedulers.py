@@ -76,7 +76,8 @@ class Query(Uncopied):
     stay what they were. Set `sigma` before each call.
 
     `known_timesteps` holds the timesteps with which the stock scheduler accompanies the sigmas of its grids, because
-    not all are `1000 sigma`: UniPC rounds them, CogView4 does not shift them. Between those, they are interpolated.
+    not all are `1000 sigma`: UniPC rounds them, CogView4 does not shift them. Elsewhere they are `1000 sigma` if those
+    are up to rounding, and interpolated if not.
     """
 
     sigma: float = 1.0
@@ -87,13 +88,14 @@ class Query(Uncopied):
         self.sigmas = torch.tensor([self.sigma, 0.0], dtype=torch.float32, device=device)
         if self.sigma in self.known_timesteps:
             self.timesteps = self.known_timesteps[self.sigma].to(device)[None]
-        elif self.known_timesteps:
-            table = sorted((sigma, timestep.item()) for sigma, timestep in self.known_timesteps.items())
-            self.timesteps = torch.tensor(
-                [np.interp(self.sigma, *zip(*table, strict=True))], dtype=torch.float32, device=device
-            )
         else:
-            self.timesteps = self.sigmas[:1] * self.config.num_train_timesteps
+            total = self.config.num_train_timesteps
+            known = {sigma: timestep.item() for sigma, timestep in self.known_timesteps.items()}
+            timestep = total * self.sigma
+            if any(abs(value - total * sigma) > 1 for sigma, value in known.items()):
+                table = sorted(({0.0: 0.0, 1.0: total} | known).items())
+                timestep = np.interp(self.sigma, *zip(*table, strict=True))
+            self.timesteps = torch.tensor([timestep], dtype=torch.float32, device=device)
         self.num_inference_steps = 1
         self.velocity = None
 
