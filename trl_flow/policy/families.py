@@ -34,6 +34,7 @@ class PipelineFamily:
         components (`tuple[str, ...]`): Attributes of the pipeline that hold a denoiser, trained where present.
         guidance (`str` or `None`): Call argument that `guidance_scale` sets; `"guider"` for the pipeline's guider.
         guidance_scale (`float`): Its default.
+        num_eval_inference_steps (`int`): Default number of steps at evaluation. That of a rollout is the method's.
         negative_prompt (`str` or `None`): Default of `negative_prompt`. Some pipelines are guided only if there is one.
         height, width (`int` or `None`): Default size in pixels, if not above the pipeline's own; `None` for that.
         num_frames (`int` or `None`): Default number of frames; `None` for the pipeline's own.
@@ -53,6 +54,7 @@ class PipelineFamily:
     components: tuple[str, ...] = ("transformer",)
     guidance: str | None = "guidance_scale"
     guidance_scale: float = 4.5
+    num_eval_inference_steps: int = 50
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
@@ -74,6 +76,7 @@ STABLE_DIFFUSION_3 = PipelineFamily(
     pipelines=("StableDiffusion3Pipeline",),
     # The published Flow-GRPO configuration for SD3.5-M, which leaves out its second attention (attn2).
     lora_target_modules=tuple(f"attn.{name}" for name in JOINT_ATTENTION),
+    num_eval_inference_steps=40,
     height=512,
     width=512,
 )
@@ -85,6 +88,7 @@ FLUX_1 = PipelineFamily(
     lora_r=64,
     lora_alpha=128,
     guidance_scale=3.5,
+    num_eval_inference_steps=28,
     height=512,
     width=512,
 )
@@ -96,6 +100,7 @@ FLUX_1_KONTEXT = PipelineFamily(
     lora_r=64,
     lora_alpha=128,
     guidance_scale=2.5,
+    num_eval_inference_steps=28,
     height=512,
     width=512,
     image="required",
@@ -152,6 +157,7 @@ CHROMA = PipelineFamily(
     pipelines=("ChromaPipeline",),
     lora_target_modules=FLUX_LAYERS,
     guidance_scale=5.0,
+    num_eval_inference_steps=35,
     negative_prompt="",
 )
 
@@ -160,6 +166,7 @@ SANA = PipelineFamily(
     pipelines=("SanaPipeline",),
     lora_target_modules=ATTENTION,
     guidance_scale=4.5,
+    num_eval_inference_steps=20,
     negative_prompt="",
 )
 
@@ -168,6 +175,7 @@ LUMINA_2 = PipelineFamily(
     pipelines=("Lumina2Pipeline",),
     lora_target_modules=ATTENTION,
     guidance_scale=4.0,
+    num_eval_inference_steps=30,
 )
 
 HIDREAM = PipelineFamily(
@@ -308,6 +316,7 @@ def find_family(pipeline: DiffusionPipeline) -> PipelineFamily:
     known = ("guidance_scale", "true_cfg_scale")
     guidance = next((argument for argument in known if argument in parameters), None)
     default = parameters[guidance].default if guidance else None
+    steps = parameters["num_inference_steps"].default
     if guidance is None and pipeline.components.get("guider") is not None:
         guidance, default = "guider", getattr(pipeline.guider, "guidance_scale", None)
     image = None
@@ -320,6 +329,7 @@ def find_family(pipeline: DiffusionPipeline) -> PipelineFamily:
         components=components,
         guidance=guidance,
         guidance_scale=float(default) if isinstance(default, (int, float)) else 1.0,
+        num_eval_inference_steps=steps if isinstance(steps, int) else 50,
         image=image,
         unused_layers=True,  # it may have some
         inferred=True,

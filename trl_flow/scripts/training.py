@@ -203,6 +203,7 @@ def run_training(command: str, script_args: FlowScriptArguments, training_args: 
     # What the model asks for where nothing was said: the run is repeated with it.
     config |= {name: trainer.policy.call_arguments[name] for name in default_call_arguments(trainer.base_model)}
     config |= family_settings(trainer.policy)
+    config["num_eval_inference_steps"] = trainer.args.num_eval_inference_steps
     # When training begins, and not before: what is refused leaves no trace.
     trainer.add_callback(_WriteConfig(config, command))
     trainer.train(resume_from_checkpoint=resume)

@@ -58,8 +58,9 @@ class FlowGRPOConfig(_BaseConfig):
 
         num_inference_steps (`int`, *optional*, defaults to `10`):
             Number of denoising steps T of a training rollout.
-        num_eval_inference_steps (`int`, *optional*, defaults to `40`):
-            Number of deterministic denoising steps at evaluation.
+        num_eval_inference_steps (`int`, *optional*):
+            Number of deterministic denoising steps at evaluation. Defaults to that of the pipeline's family: 40 for Stable
+            Diffusion 3, 28 for FLUX.1 ...
         guidance_scale (`float`, *optional*):
             Guidance, in rollouts, training and evaluation, as the pipeline means it. Defaults to that of the pipeline's
             family: 4.5 for Stable Diffusion 3, 3.5 (distilled) for FLUX.1 ...
@@ -175,8 +176,12 @@ class FlowGRPOConfig(_BaseConfig):
     num_inference_steps: int = field(
         default=10, metadata={"help": "Number of denoising steps T of a training rollout."}
     )
-    num_eval_inference_steps: int = field(
-        default=40, metadata={"help": "Number of deterministic denoising steps at evaluation."}
+    num_eval_inference_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of deterministic denoising steps at evaluation. Defaults to that of the pipeline's family: 40 "
+            "for Stable Diffusion 3, 28 for FLUX.1 ..."
+        },
     )
     guidance_scale: float | None = field(
         default=None,
@@ -418,7 +423,7 @@ class FlowGRPOConfig(_BaseConfig):
             "rollout_batch_size",
             "transition_batch_size",
         ):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
         for name in ("beta", "epsilon", "num_logged_images", "ema_update_after"):
             if getattr(self, name) < 0:

@@ -218,6 +218,8 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             generation_kwargs=args.generation_kwargs,
             full_finetuning=args.full_finetuning,
         )
+        if args.num_eval_inference_steps is None:
+            args.num_eval_inference_steps = self.policy.family.num_eval_inference_steps
         for name, (_, weights) in adapter.items():
             set_peft_model_state_dict(self.policy.denoisers[name], weights)
         if args.beta > 0:
