@@ -137,7 +137,7 @@ def examine_tiny(name: str, dtype: torch.dtype = torch.float32) -> Diagnosis:
     try:
         pipeline = tiny_pipeline(name)
         for component in pipeline.components.values():
-            if isinstance(component, torch.nn.Module):
+            if dtype != torch.float32 and isinstance(component, torch.nn.Module):
                 component.to(dtype)
         settings = settings_of(pipeline, call_arguments(name)) | OVERRIDES.get(name, {})
     except Exception as error:  # a class that was renamed, a component that wants another argument

@@ -588,6 +588,13 @@ class TestGenerate:
         with pytest.raises(ValueError, match="num_frames=9: StableDiffusion3Pipeline has no such argument"):
             sampling_arguments(pipeline, GenerateArguments(model="m", prompts=["a"], num_frames=9), config)
 
+    def test_sizes_are_not_enlarged(self):
+        config = {"height": 8, "width": 16, "generation_kwargs": {"_auto_resize": False}}
+        found = sampling_arguments(
+            tiny_pipeline("FluxKontextPipeline"), GenerateArguments(prompts=["a"], model="m"), config
+        )
+        assert found == {"height": 8, "width": 16, "max_area": 128, "_auto_resize": False}
+
     def test_guidance_by_the_name_that_the_pipeline_has_for_it(self):
         args = GenerateArguments(model="m", prompts=["a"], guidance_scale=2.0)
         assert sampling_arguments(tiny_pipeline("QwenImagePipeline"), args, {}) == {"true_cfg_scale": 2.0}

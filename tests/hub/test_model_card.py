@@ -130,7 +130,7 @@ class TestCreateModelCard:
     def test_usage_example_for_what_diffusers_cannot_load(self, tmp_path):
         text = make_card(tmp_path, diffusers_format=False).text
         ast.parse(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
-        assert 'load_adapter(pipe, "user/adapter", component="transformer")' in text
+        assert 'load_trained(pipe, "user/adapter")' in text
         assert "pipe.load_lora_weights" not in text
 
     def test_usage_example_of_two_denoisers_that_animate_a_picture(self, tmp_path):

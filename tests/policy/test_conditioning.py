@@ -189,7 +189,7 @@ class Talking:
 def condition(number):
     answers = {("encode_prompt", 0): torch.full((1, 2), float(number)), ("prepare_latents", 0): None}
     layout = {("encode_prompt", 0): 0, ("prepare_latents", 0): None}
-    return Condition("", None, answers, (3,), torch.float16, layout, (), True)
+    return Condition("", None, answers, (3,), torch.float16, layout, (), True, 1.0)
 
 
 def test_answers_are_those_of_the_rows():

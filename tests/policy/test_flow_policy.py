@@ -363,3 +363,23 @@ def test_another_guidance_scale_for_a_while():
     assert torch.equal(velocity(policy), plain)
     with policy.guided(None):
         assert torch.equal(velocity(policy), plain)
+
+
+def test_the_cache_forgets_what_takes_too_much_memory():
+    one = make_policy().encode("a red circle").num_bytes
+    assert one > 1000
+    policy = make_policy(cache_gib=2.5 * one / 2**30)
+    policy.conditioning(["a red circle", "green", "two square"])
+    calls = []
+    policy.pipeline.text_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    policy.conditioning(["green", "two square"])
+    assert not calls
+    policy.conditioning(["a red circle"])
+    assert len(calls) == 1
+
+
+def test_conditioning_of_another_guidance_is_refused():
+    policy = make_policy(guidance_scale=1.0)
+    conditioning = policy.conditioning(PROMPTS[:1])
+    with policy.guided(4.5), pytest.raises(ValueError, match="made with another guidance_scale"):
+        policy(torch.zeros(1, 4, 4, 4), 0.5, conditioning)

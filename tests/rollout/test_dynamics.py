@@ -42,7 +42,7 @@ def published_step(dynamics, x, v, s, s_next, level, after_first=None):
 def test_transition_is_the_published_formula(dynamics):
     random = np.random.default_rng(0)
     for _ in range(50):
-        s_next, s = np.sort(random.uniform(0.02, 0.98, 2))
+        s_next, s = np.sort(random.uniform(0.02, 0.9, 2))
         level = random.uniform(0.1, 0.99)
         x, v = random.normal(size=(2, 3, 4, 2, 2))
         mean, std = transition(torch.from_numpy(x), torch.from_numpy(v), s, s_next, level, dynamics)
@@ -65,7 +65,10 @@ def test_first_step_from_pure_noise(dynamics):
         expected = 0.7 * math.sqrt(0.9999 / 0.0625)
         assert diffusion_coefficient(0.9999, 0.9375, 0.7, "flow") == pytest.approx(expected, rel=1e-12)
         # Below that the plain formula holds.
-        assert diffusion_coefficient(0.999, 0.9375, 0.7, "flow") == pytest.approx(0.7 * math.sqrt(999), rel=1e-9)
+        assert diffusion_coefficient(0.99, 0.9375, 0.7, "flow") == pytest.approx(0.7 * math.sqrt(99), rel=1e-9)
+        # Also near 1, where the steps are small: the second of a hundred with shift 12.
+        expected = 0.7 * math.sqrt(0.99916 / 0.00084)
+        assert diffusion_coefficient(0.99916, 0.9983, 0.7, "flow") == pytest.approx(expected, rel=1e-9)
 
 
 def test_float32_transition_stays_close_to_float64():

@@ -87,7 +87,7 @@ from diffusers.pipelines.joyimage.image_processor import JoyImageEditImageProces
 
 from . import autoencoders, text
 from .images import flow_scheduler
-from .videos import picture, wan_2_2_vae, wan_vae, without_ftfy
+from .videos import picture, wan_2_2_vae, wan_vae
 from .waking import wake
 
 
@@ -205,7 +205,7 @@ def prx(pipeline: type[DiffusionPipeline] = PRXPipeline, in_channels: int = 4, *
         tokenizer=tokenizer,
         **components,
     )
-    return without_ftfy(built)
+    return built
 
 
 def ovis_image() -> OvisImagePipeline:

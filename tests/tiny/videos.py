@@ -140,12 +140,6 @@ def tensor_mask() -> torch.Tensor:
     return (torch.arange(32) >= 16).float().expand(1, 1, 5, 16, 32)
 
 
-def without_ftfy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Text cleaning imports ftfy where it's installed and calls it either way; the prompts of tests have nothing to fix."""
-    sys.modules[type(pipeline).__module__].__dict__.setdefault("ftfy", SimpleNamespace(fix_text=str))
-    return pipeline
-
-
 # Wan
 
 
@@ -261,29 +255,29 @@ def wan_image_to_video() -> WanImageToVideoPipeline:
     """Wan 2.1 I2V: the first frame through the autoencoder (4 + 4 channels besides the latents') and through CLIP."""
     transformer = wan_transformer(in_channels=12, image_dim=16, added_kv_proj_dim=24)
     pipeline = WanImageToVideoPipeline(transformer=transformer, **clip_vision(), **wan_components())
-    return without_ftfy(pipeline)
+    return pipeline
 
 
 def wan_2_2_image_to_video() -> WanImageToVideoPipeline:
     """Wan 2.2 I2V-A14B: two transformers, the first frame through the autoencoder only."""
     transformers = {name: wan_transformer(in_channels=12) for name in ("transformer", "transformer_2")}
-    return without_ftfy(WanImageToVideoPipeline(**transformers, boundary_ratio=0.9, **wan_components()))
+    return WanImageToVideoPipeline(**transformers, boundary_ratio=0.9, **wan_components())
 
 
 def wan_5b_image_to_video() -> WanImageToVideoPipeline:
     """Wan 2.2 TI2V-5B: the first frame in the place of the first latents, at timestep 0."""
     components = wan_components(flow_shift=5.0) | {"vae": wan_2_2_vae()}
-    return without_ftfy(WanImageToVideoPipeline(transformer=wan_transformer(), expand_timesteps=True, **components))
+    return WanImageToVideoPipeline(transformer=wan_transformer(), expand_timesteps=True, **components)
 
 
 def wan_video_to_video() -> WanVideoToVideoPipeline:
-    return without_ftfy(WanVideoToVideoPipeline(transformer=wan_transformer(), **wan_components()))
+    return WanVideoToVideoPipeline(transformer=wan_transformer(), **wan_components())
 
 
 def wan_vace() -> WanVACEPipeline:
     """Wan 2.1 VACE: latents of what to change and of what to keep, and a mask of 8 x 8 pixels for each latent."""
     transformer = WanVACETransformer3DModel(**WAN_TRANSFORMER, vace_layers=[0], vace_in_channels=2 * 4 + 64)
-    return without_ftfy(WanVACEPipeline(transformer=wake(transformer), **wan_components()))
+    return WanVACEPipeline(transformer=wake(transformer), **wan_components())
 
 
 # LTX
@@ -490,13 +484,13 @@ def skyreels_transformer(**config) -> SkyReelsV2Transformer3DModel:
 
 
 def skyreels() -> SkyReelsV2Pipeline:
-    return without_ftfy(SkyReelsV2Pipeline(transformer=skyreels_transformer(), **wan_components(flow_shift=8.0)))
+    return SkyReelsV2Pipeline(transformer=skyreels_transformer(), **wan_components(flow_shift=8.0))
 
 
 def skyreels_image_to_video() -> SkyReelsV2ImageToVideoPipeline:
     transformer = skyreels_transformer(in_channels=12, image_dim=16, added_kv_proj_dim=24)
     components = clip_vision() | wan_components(flow_shift=5.0)
-    return without_ftfy(SkyReelsV2ImageToVideoPipeline(transformer=transformer, **components))
+    return SkyReelsV2ImageToVideoPipeline(transformer=transformer, **components)
 
 
 def skyreels_diffusion_forcing(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
@@ -504,14 +498,14 @@ def skyreels_diffusion_forcing(pipeline: type[DiffusionPipeline]) -> DiffusionPi
 
     The smallest checkpoint also injects the frame rate (`inject_sample_info`), which works for one prompt only.
     """
-    return without_ftfy(pipeline(transformer=skyreels_transformer(), **wan_components(flow_shift=8.0)))
+    return pipeline(transformer=skyreels_transformer(), **wan_components(flow_shift=8.0))
 
 
 def lucy_edit() -> LucyEditPipeline:
     """Wan 2.2 5B with the edited video's latents as further channels."""
     components = wan_components(flow_shift=5.0) | {"vae": wan_2_2_vae()}
     pipeline = LucyEditPipeline(transformer=wan_transformer(in_channels=8), expand_timesteps=True, **components)
-    return without_ftfy(pipeline)
+    return pipeline
 
 
 def chronoedit() -> ChronoEditPipeline:
@@ -519,7 +513,7 @@ def chronoedit() -> ChronoEditPipeline:
     config = {"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 24}
     transformer = wake(ChronoEditTransformer3DModel(**(WAN_TRANSFORMER | config)))
     components = clip_vision() | wan_components(flow_shift=5.0)
-    return without_ftfy(ChronoEditPipeline(transformer=transformer, **components))
+    return ChronoEditPipeline(transformer=transformer, **components)
 
 
 # Mochi
@@ -580,12 +574,12 @@ def sana_video() -> SanaVideoPipeline:
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0, beta_start=0.0001, beta_end=0.02
     )
-    return without_ftfy(SanaVideoPipeline(scheduler=scheduler, **sana_video_components()))
+    return SanaVideoPipeline(scheduler=scheduler, **sana_video_components())
 
 
 def sana_image_to_video() -> SanaImageToVideoPipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=8.0)
-    return without_ftfy(SanaImageToVideoPipeline(scheduler=scheduler, **sana_video_components()))
+    return SanaImageToVideoPipeline(scheduler=scheduler, **sana_video_components())
 
 
 # Cosmos
@@ -935,7 +929,7 @@ def helios() -> HeliosPipeline:
     config = {key: WAN_TRANSFORMER[key] for key in WAN_TRANSFORMER if key != "rope_max_seq_len"}
     transformer = HeliosTransformer3DModel(**config, rope_dim=(4, 4, 4))
     scheduler = HeliosScheduler(stages=1, stage_range=[0, 1], use_dynamic_shifting=True, time_shift_type="linear")
-    return without_ftfy(HeliosPipeline(transformer=wake(transformer), **(wan_components() | {"scheduler": scheduler})))
+    return HeliosPipeline(transformer=wake(transformer), **(wan_components() | {"scheduler": scheduler}))
 
 
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {

@@ -21,11 +21,13 @@ import pytest
 import torch
 from datasets import Dataset, Image
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from PIL import Image as PILImage
 from tiny import call_arguments, tiny_pipeline
 from trainer.observing import logged, randomize
 
 from trl_flow import DenseGRPOConfig, DenseGRPOTrainer, FlowGRPOTrainer, G2RPOConfig, G2RPOTrainer
+from trl_flow.hub import load_trained
 from trl_flow.policy import FAMILIES
 
 
@@ -121,6 +123,8 @@ def test_a_picture_is_encoded_once(make_family_trainer):
         return hook
 
     pipeline = trainer.policy.pipeline
+    trainer.policy._cache.clear()  # of what was encoded when the pipeline was examined
+    trainer.policy.blank()
     pipeline.vae.encoder.register_forward_pre_hook(count("vae"))
     pipeline.text_encoder_2.register_forward_pre_hook(count("text"))
     trainer.train()
@@ -216,7 +220,7 @@ def test_an_unknown_pipeline_is_examined_and_trained(make_family_trainer):
         ("StableDiffusion3Img2ImgPipeline", "begins with a picture to which noise is added"),
         ("LTX2Pipeline", "copies its scheduler"),
         ("MochiPipeline", "invert_sigmas=True"),
-        ("CogView4ControlPipeline", "cannot be trained: .*random"),
+        ("CogView4ControlPipeline", "cannot be trained with generation_kwargs=.*random"),
         ("SanaSprintPipeline", "SCMScheduler"),
     ],
 )
@@ -285,3 +289,69 @@ def test_an_adapter_beside_full_finetuning_is_refused(make_trainer, settings):
         settings = {}  # the fixture gives one
     with pytest.raises(ValueError, match="full_finetuning=True"):
         make_trainer(full_finetuning=True, **settings)
+
+
+# ---- Settings that would change nothing, or something else than they say ----
+
+
+def test_arguments_that_mean_something_else_in_one_step_are_refused(make_family_trainer):
+    """Lumina drops its guidance after a share of the steps; of one step, it is always past that share."""
+    with pytest.raises(
+        ValueError, match=r"cannot be trained with generation_kwargs=.*cfg_trunc_ratio.*velocity differs"
+    ):
+        make_family_trainer("Lumina2Pipeline", generation_kwargs={"cfg_trunc_ratio": 0.25})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("FluxPipeline", {"negative_prompt": "ugly"}, "negative_prompt='ugly' has no effect.*true_cfg_scale"),
+        ("FluxPipeline", {"generation_kwargs": "{bad"}, "generation_kwargs='{bad' is no JSON"),
+        ("FluxPipeline", {"generation_kwargs": "[1]"}, r"generation_kwargs=\[1\]: expected names and values"),
+        ("FluxPipeline", {"num_frames": 5}, "num_frames=5: the call of FluxPipeline has no such argument"),
+        ("WanImageToVideoPipeline", {"max_sequence_length": 64}, "max_sequence_length=64: .*512 text tokens"),
+    ],
+)
+def test_settings_without_effect_are_refused(make_family_trainer, name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_family_trainer(name, **settings)
+
+
+def test_true_guidance_beside_a_distilled_one(make_family_trainer):
+    settings = {"negative_prompt": "blue", "generation_kwargs": {"true_cfg_scale": 3.0}}
+    trainer = make_family_trainer("FluxPipeline", **settings)
+    calls = []
+    trainer.policy.pipeline.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        trainer.policy(torch.zeros(1, *trainer.policy.latent_shape), 0.5, trainer.policy.conditioning(["red"]))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["FluxKontextPipeline", "Flux2Pipeline/edit"])
+def test_pictures_that_are_none(make_trainer, name):
+    settings = settings_of(name)
+    image = settings.pop("image")
+    holes = Dataset.from_dict({"prompt": PROMPTS, "image": [image, None, image, None]}).cast_column("image", Image())
+    names = Dataset.from_dict({"prompt": PROMPTS, "image": ["a.png"] * len(PROMPTS)})
+    for rows, message in ((holes, "row 1 and 1 others have no image"), (names, "expected pictures. Cast it with")):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(model=tiny_pipeline(name), train_dataset=rows, **settings)
+
+
+@pytest.mark.parametrize("component", ["transformer", "transformer_2"])
+def test_one_of_two_denoisers(make_family_trainer, tmp_path, component):
+    """The steps of the other one have no gradient, and what is saved is found again."""
+    config = {component: LoraConfig(r=2, target_modules=None)}
+    trainer = make_family_trainer("WanPipeline/2.2", peft_config=config, num_inference_steps=4, sde_steps=[0, 1, 2])
+    trainer.train()
+    assert trainer.policy.components == [component] and logged(trainer, "grad_norm")[0] > 0
+    fresh = load_trained(tiny_pipeline("WanPipeline/2.2"), tmp_path / "run")
+    other = {"transformer": "transformer_2", "transformer_2": "transformer"}[component]
+    assert any("lora" in key for key in getattr(fresh, component).state_dict())
+    assert not any("lora" in key for key in getattr(fresh, other).state_dict())
+
+
+def test_the_card_of_an_adapter_that_diffusers_cannot_load(make_trainer, tmp_path):
+    make_trainer(peft_config=LoraConfig(r=2, target_modules=None, use_dora=True)).train()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "load_trained(pipe," in card and "pipe.load_lora_weights" not in card

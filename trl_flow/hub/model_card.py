@@ -392,21 +392,25 @@ def _snippet(
     if module := re.match(r"(trl_flow(?:\.[a-z_]+)*)\.\w+", load_expression):
         lines.append(f"import {module[1]}")
     if not diffusers_format and complete_class is None:
-        lines.append("from trl_flow.hub import load_adapter")
+        lines.append("from trl_flow.hub import load_trained")
     lines += ["", f"pipe = {load_expression}"]
     if scheduler is not None:
         lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)")
     place = json.dumps(adapter)
-    if complete_class is not None:
-        lines.append(f'pipe.{component} = {complete_class}.from_pretrained({place}, subfolder="{component}")')
-    elif diffusers_format:
-        lines.append(f"pipe.load_lora_weights({place})")
-        if second_component is not None:
+    for part in (component, second_component):
+        second = part is not None and part.endswith("_2")
+        if part is None:
+            continue
+        if complete_class is not None:
+            lines.append(f'pipe.{part} = {complete_class}.from_pretrained({place}, subfolder="{part}")')
+        elif diffusers_format:
             lines.append(
-                f'pipe.load_lora_weights({place}, subfolder="{second_component}", load_into_{second_component}=True)'
+                f'pipe.load_lora_weights({place}, subfolder="{part}", load_into_{part}=True)'
+                if second
+                else f"pipe.load_lora_weights({place})"
             )
-    else:
-        lines.append(f'load_adapter(pipe, {place}, component="{component}")')
+    if complete_class is None and not diffusers_format:
+        lines.append(f"load_trained(pipe, {place})")
     if guider_scale is not None:
         lines.append(f"pipe.guider = pipe.guider.new(guidance_scale={guider_scale})")
     lines.append('pipe.to("cuda" if torch.cuda.is_available() else "cpu")')

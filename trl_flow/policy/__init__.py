@@ -16,6 +16,6 @@
 
 from .conditioning import Condition
 from .families import FAMILIES, PipelineFamily, find_family
-from .flow_policy import FlowPolicy
+from .flow_policy import FlowPolicy, with_area
 from .loading import default_call_arguments, find_record, load_pipeline
 from .schedulers import is_flow

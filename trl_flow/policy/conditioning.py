@@ -61,6 +61,7 @@ class Condition:
         layout (`dict[tuple[str, int], Any]`): Where the rows of each output are: see [`find_layout`].
         signature (`tuple`): Conditions with equal signatures can be rows of one batch.
         batched (`bool`): Whether the pipeline takes several prompts at once; if not, a batch is one row.
+        guidance_scale (`float`): At which it was made: without guidance, there is nothing to be led away from.
     """
 
     prompt: str
@@ -71,6 +72,12 @@ class Condition:
     layout: dict[tuple[str, int], Any] = field(repr=False)
     signature: tuple = field(repr=False)
     batched: bool
+    guidance_scale: float
+
+    @functools.cached_property
+    def num_bytes(self) -> int:
+        """Memory that the outputs take."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(list(self.answers.values())))
 
 
 def encoding_methods(pipeline_class: type[DiffusionPipeline]) -> list[str]:
@@ -155,6 +162,16 @@ class Answers:
             return answer
         latents = self._latents.to(self._conditions[0].latent_dtype) if self.cast_latents else self._latents
         return latents if answer is None else (latents, *answer)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for element in value:
+            yield from _tensors(element)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
 
 
 def find_layout(one: Any, two: Any) -> Any:

@@ -183,6 +183,7 @@ HIDREAM = PipelineFamily(
     pipelines=("HiDreamImagePipeline",),
     lora_target_modules=("to_k", "to_k_t", "to_out", "to_out_t", "to_q", "to_q_t", "to_v", "to_v_t"),
     guidance_scale=5.0,
+    unused_layers=True,  # experts that no token was sent to
 )
 
 WAN = PipelineFamily(

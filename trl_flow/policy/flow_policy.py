@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import inspect
 from collections import OrderedDict, defaultdict
+from collections.abc import Collection
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -44,6 +45,13 @@ class PolicyConfig(dict):
 
     def to_json_string(self) -> str:
         return str(dict(self))
+
+
+def with_area(arguments: dict, parameters: Collection[str]) -> dict:
+    """Arguments of a pipeline's call, with the area to which it would otherwise enlarge the size that is asked for."""
+    if "max_area" in parameters and {"height", "width"} <= arguments.keys():
+        return {"max_area": arguments["height"] * arguments["width"], **arguments}
+    return arguments
 
 
 class FlowPolicy(nn.Module):
@@ -78,7 +86,8 @@ class FlowPolicy(nn.Module):
         generation_kwargs (`dict`, *optional*): More arguments of the pipeline's call.
         full_finetuning (`bool`, *optional*, defaults to `False`): Trains all weights of the denoisers, in float32,
             instead of an adapter.
-        cache_size (`int`, *optional*, defaults to `1024`): Prompts whose conditioning is kept.
+        cache_size (`int`, *optional*, defaults to `1024`): Most prompts whose conditioning is kept.
+        cache_gib (`float`, *optional*, defaults to `2.0`): Most memory that it may take, in GiB.
 
     Raises:
         ValueError: If the pipeline cannot be trained, refuses the size, has no argument of a name that was given, or
@@ -98,13 +107,14 @@ class FlowPolicy(nn.Module):
         generation_kwargs: dict | None = None,
         full_finetuning: bool = False,
         cache_size: int = 1024,
+        cache_gib: float = 2.0,
     ):
         super().__init__()
         self.family = family = find_family(pipeline)
         self.pipeline = pipeline
         self.negative_prompt = family.negative_prompt if negative_prompt is None else negative_prompt
         self.guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
-        self.cache_size = cache_size
+        self.cache_size, self.cache_bytes = cache_size, cache_gib * 2**30
         self._cache: OrderedDict[tuple, Condition] = OrderedDict()
         self._layouts: dict[tuple[float, bool], tuple[dict, bool]] = {}
         # `__call__` without `torch.no_grad`, so that gradients reach the denoiser.
@@ -142,6 +152,10 @@ class FlowPolicy(nn.Module):
         else:
             peft_config = dict.fromkeys(self.components, peft_config)
         self.denoisers = nn.ModuleDict({name: self._trainable(name, peft_config[name]) for name in self.components})
+        for module in self.denoisers.modules():
+            if hasattr(module, "moe_infer"):
+                # HiDream's experts compute the same in both modes, but in eval mode without a gradient.
+                module.training = True
         # Copies of the base weights, for the divergence from them; made when first asked for, and registered nowhere.
         self._references: dict[str, nn.Module] = {}
 
@@ -181,9 +195,13 @@ class FlowPolicy(nn.Module):
         if isinstance(own_size, int) and (arguments.get("height") or 0) > own_size * self.pipeline.vae_scale_factor:
             arguments["height"] = arguments["width"] = None
         arguments = {name: value for name, value in arguments.items() if value is not None} | given
-        if "max_area" in parameters and {"height", "width"} <= arguments.keys():
-            # What is asked for would be enlarged to this area.
-            arguments.setdefault("max_area", arguments["height"] * arguments["width"])
+        arguments = with_area(arguments, parameters)
+        by_true_guidance = "true_cfg_scale" in parameters and self.family.guidance != "true_cfg_scale"
+        if by_true_guidance and self.negative_prompt is not None and arguments.get("true_cfg_scale", 1) <= 1:
+            raise ValueError(
+                f"negative_prompt={self.negative_prompt!r} has no effect in {name} without true_cfg_scale: its guidance_scale "
+                "is distilled into the model. Set generation_kwargs={'true_cfg_scale': ...} above 1, or leave it unset."
+            )
         if arguments.get("true_cfg_scale", 1) > 1 and self.negative_prompt is None:
             raise ValueError(
                 f"true_cfg_scale={arguments['true_cfg_scale']} has no effect in {name} without a negative prompt. Set "
@@ -261,6 +279,8 @@ class FlowPolicy(nn.Module):
             ValueError: If `sigma` is not the flow time of a training timestep (diffusion pipelines), or the pipeline
                 denoises anything but the latents that it was given.
         """
+        if any(condition.guidance_scale != self.guidance_scale for condition in conditioning):
+            raise ValueError("The conditioning was made with another guidance_scale: make it where it is used.")
         batches = self._batches(conditioning)
         if len(batches) == 1:
             return self._velocity(latents, sigma, conditioning)
@@ -314,9 +334,14 @@ class FlowPolicy(nn.Module):
         )
         shape = tuple(latents.shape[1:])
         signature = (shape, *((name, find_signature(answer, layout[name])) for name, answer in answers.items()))
-        condition = Condition(prompt, image, answers, shape, latents.dtype, layout, signature, batched)
+        condition = Condition(
+            prompt, image, answers, shape, latents.dtype, layout, signature, batched, self.guidance_scale
+        )
         self._cache[key] = condition
-        if len(self._cache) > self.cache_size:
+        while len(self._cache) > 1 and (
+            len(self._cache) > self.cache_size
+            or sum(kept.num_bytes for kept in self._cache.values()) > self.cache_bytes
+        ):
             self._cache.popitem(last=False)
         return condition
 
@@ -334,6 +359,10 @@ class FlowPolicy(nn.Module):
     def _find_layout(self, prompt: str, image: Image.Image | None, one: dict) -> tuple[dict, bool]:
         """Where the rows of each output are, and whether the pipeline takes several prompts at once."""
         try:
+            if not prompt:
+                # Guided towards nothing and away from nothing: rows that trade places would not be seen.
+                prompt = "a picture"
+                one = self._record([prompt], image)
             two = self._record([prompt, prompt], image)
             layout = {name: find_layout(one[name], two[name]) for name in one}
         except Exception:  # whatever a pipeline raises that is not made for several prompts

@@ -37,7 +37,8 @@ def diffusion_coefficient(sigma: float, sigma_next: float, noise_level: float, d
 
     - `"flow"` (Flow-GRPO eq. 9; DenseGRPO eq. 6; G2RPO eq. 3): q = a * sqrt(s / (1 - s)). It is infinite at s = 1. The
       papers are silent; Flow-GRPO's code replaces an s of exactly 1 *in this denominator only* by the next sigma. So
-      do we, for an s within a training timestep of 1, where the grids of UniPC and DPM-Solver begin.
+      do we, for an s whose distance from 1 is below a tenth of the step, as where the grids of UniPC and DPM-Solver
+      begin.
     - `"dance"` (DanceGRPO): q = eta, a constant. With a table of noise levels this is DenseGRPO eq. 11, q = psi(t).
     - `"cps"` (Coefficients-Preserving Sampling) prescribes tau itself; the published code divides by tau where it
       divides by q for the others, and so does this function.
@@ -48,7 +49,7 @@ def diffusion_coefficient(sigma: float, sigma_next: float, noise_level: float, d
         dynamics (`str`): One of `"flow"`, `"dance"`, `"cps"`.
     """
     if dynamics == "flow":
-        denominator = 1.0 - (sigma_next if sigma > 0.999 else sigma)
+        denominator = 1.0 - (sigma_next if 1.0 - sigma < 0.1 * (sigma - sigma_next) else sigma)
         return noise_level * math.sqrt(sigma / denominator)
     if dynamics == "dance":
         return noise_level

@@ -230,7 +230,7 @@ def diagnose(args: DoctorArguments) -> "Diagnosis":
         num_inference_steps=args.num_inference_steps,
         transition_batch_size=args.transition_batch_size,
         image=Image.open(args.image).convert("RGB") if args.image is not None else None,
-        peft_config=make_peft_config(args, loading),
+        peft_config=make_peft_config(args, args),
         generation_kwargs=args.generation_kwargs,
         full_finetuning=args.full_finetuning,
         **(default_call_arguments(model) | given),

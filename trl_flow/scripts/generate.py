@@ -214,7 +214,7 @@ def run_config(adapter: str | None, revision: str | None = None) -> dict:
 
 def sampling_arguments(pipeline: "DiffusionPipeline", args: GenerateArguments, config: dict) -> dict:
     """Arguments of the pipeline call: what was given, else what the adapter's run evaluated with."""
-    from ..policy import default_call_arguments, find_family
+    from ..policy import default_call_arguments, find_family, with_area
 
     # Not all pipelines take their guidance by this name.
     guidance = find_family(pipeline).guidance
@@ -240,7 +240,7 @@ def sampling_arguments(pipeline: "DiffusionPipeline", args: GenerateArguments, c
             raise ValueError(f"{name}={given}: {type(pipeline).__name__} has no such argument")
         if value is not None and name in accepted:
             chosen[name] = value
-    return {**(config.get("generation_kwargs") or {}), **chosen}
+    return with_area({**(config.get("generation_kwargs") or {}), **chosen}, accepted)
 
 
 def load_prompt_list(args: GenerateArguments) -> list[str]:

@@ -259,11 +259,11 @@ def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training
         eval_dataset=eval_dataset,
         eval_reward_funcs=script_args.eval_reward_funcs,
         callbacks=callbacks,
-        peft_config=make_peft_config(script_args, training_args.model_init_kwargs),
+        peft_config=make_peft_config(script_args, training_args),
     )
 
 
-def make_peft_config(script_args: FlowScriptArguments, loading: dict):
+def make_peft_config(script_args: FlowScriptArguments, training_args: Any):
     """The adapter that was asked for; `None`, which is the default of the pipeline's family, where nothing was said."""
     from peft import LoraConfig
 
@@ -272,7 +272,13 @@ def make_peft_config(script_args: FlowScriptArguments, loading: dict):
     given = (script_args.lora_r, script_args.lora_alpha, script_args.lora_target_modules)
     if given == (None, None, None) and not script_args.use_dora:
         return None
-    record = find_record(script_args.model_name_or_path, revision=loading.get("revision"))
+    for name in ("full_finetuning", "adapter_name_or_path"):
+        if getattr(training_args, name, None):
+            raise ValueError(
+                f"{name}={getattr(training_args, name)!r} makes no new adapter: lora_r, lora_alpha, lora_target_modules and "
+                "use_dora would have no effect. Leave them unset."
+            )
+    record = find_record(script_args.model_name_or_path, revision=script_args.model_revision)
     rank = script_args.lora_r or record.lora_r
     return LoraConfig(
         r=rank,
@@ -400,4 +406,6 @@ def generate_command(trainer, script_args: FlowScriptArguments) -> str:
     dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     words = ["trl-flow", "generate", "--model", script_args.model_name_or_path]
     words += ["--adapter", trainer.args.output_dir, "--prompt", dataset[0]["prompt"], "--compare"]
+    if trainer.policy.family.image == "required":
+        words += ["--image", "FILE"]
     return shlex.join(words)

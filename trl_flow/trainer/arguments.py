@@ -17,9 +17,8 @@
 import itertools
 from collections.abc import Callable
 
-import PIL.Image
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -68,6 +67,11 @@ def check_dataset(dataset, argument: str):
 def check_precision(pipeline: DiffusionPipeline, args):
     """Refuses float32 weights beside encoders in half precision, where nothing casts between the two."""
     dtypes = {c.dtype for c in pipeline.components.values() if isinstance(c, nn.Module) and hasattr(c, "dtype")}
+    quantized = [name for name, c in pipeline.components.items() if getattr(c, "hf_quantizer", None) is not None]
+    if args.full_finetuning and quantized:
+        raise ValueError(
+            f"full_finetuning=True cannot train quantised weights ({', '.join(quantized)}). Drop one of the two."
+        )
     if args.full_finetuning and dtypes != {torch.float32} and not (args.bf16 or args.fp16):
         raise ValueError(
             f"full_finetuning=True keeps the denoiser in float32, and the pipeline holds {sorted(map(str, dtypes))}. Set "
@@ -82,8 +86,12 @@ def check_images(dataset: Dataset, argument: str):
             f"{argument} has the columns {dataset.column_names}: the pipeline starts from a picture, expected one named "
             "'image' beside 'prompt'."
         )
-    if not isinstance(dataset[0]["image"], PIL.Image.Image):
+    if not isinstance(dataset.features["image"], Image):
         raise ValueError(
-            f"{argument}: the image of row 0 is a {type(dataset[0]['image']).__name__}; expected a PIL picture. Cast the "
-            "column with dataset.cast_column('image', datasets.Image())."
+            f"{argument}: the column 'image' holds {dataset.features['image']}; expected pictures. Cast it with "
+            "dataset.cast_column('image', datasets.Image())."
         )
+    # Undecoded: a look at thousands of pictures would take as long as an update.
+    raw = dataset.select_columns("image").cast_column("image", Image(decode=False))
+    if missing := [number for number, row in enumerate(raw) if row["image"] is None]:
+        raise ValueError(f"{argument}: row {missing[0]} and {len(missing) - 1} others have no image. Leave them out.")

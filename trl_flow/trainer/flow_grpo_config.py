@@ -396,7 +396,12 @@ class FlowGRPOConfig(_BaseConfig):
             ("sum_then_normalize", "normalize_then_sum"),
         )
         if isinstance(self.generation_kwargs, str):
-            self.generation_kwargs = json.loads(self.generation_kwargs)
+            try:
+                self.generation_kwargs = json.loads(self.generation_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"generation_kwargs={self.generation_kwargs!r} is no JSON: {error}.") from error
+        if self.generation_kwargs is not None and not isinstance(self.generation_kwargs, dict):
+            raise ValueError(f"generation_kwargs={self.generation_kwargs!r}: expected names and values.")
         if self.full_finetuning and self.adapter_name_or_path is not None:
             raise ValueError(
                 f"adapter_name_or_path={self.adapter_name_or_path!r} continues an adapter, and full_finetuning=True trains "

@@ -218,18 +218,26 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             generation_kwargs=args.generation_kwargs,
             full_finetuning=args.full_finetuning,
         )
+        denoisers = [name for name in self.policy.family.components if getattr(pipeline, name, None) is not None]
+        if len(self.policy.components) < len(denoisers) and args.world_size > 1:
+            raise ValueError(
+                f"Only {', '.join(self.policy.components)} of {', '.join(denoisers)} has an adapter: on several processes, "
+                "steps without a gradient would leave them waiting for each other. Give the other one an adapter too."
+            )
         if args.num_eval_inference_steps is None:
             args.num_eval_inference_steps = self.policy.family.num_eval_inference_steps
         for name, (_, weights) in adapter.items():
             set_peft_model_state_dict(self.policy.denoisers[name], weights)
         if args.beta > 0:
             self.policy.keep_reference()
-        if self.policy.family.image == "required":
-            check_images(train_dataset, "train_dataset")
-            if eval_dataset is not None:
-                check_images(eval_dataset, "eval_dataset")
-        if self.policy.family.inferred:
-            self._examine()
+        for dataset, argument in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
+            optional = (
+                self.policy.family.image == "optional" and dataset is not None and "image" in dataset.column_names
+            )
+            if dataset is not None and (self.policy.family.image == "required" or optional):
+                check_images(dataset, argument)
+        if self.policy.family.inferred or args.generation_kwargs:
+            self._examine(train_dataset[0].get("image"))
         self.sigmas = self.policy.sigmas(args.num_inference_steps, args.sigmas)
         self.noise_levels = self._resolve_noise_levels()
         self._check_kl()
@@ -278,16 +286,22 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         # process, as in TRL.
         set_seed(args.seed, device_specific=True)
 
-    def _examine(self):
-        """Refuses a pipeline that has no record and does not pass the doctor's checks."""
-        name = type(self.policy.pipeline).__name__
+    def _examine(self, image):
+        """
+        Refuses a pipeline that does not pass the doctor's checks: one without a record, or with arguments of its own, which may
+        mean something else in the one step of an evaluation than in a whole call.
+        """
+        name, given = type(self.policy.pipeline).__name__, self.args.generation_kwargs
         diagnosis = Diagnosis(name)
         try:
             with torch.random.fork_rng():
-                examine_policy(self.policy, diagnosis, transition_batch_size=self.args.transition_batch_size)
+                examine_policy(
+                    self.policy, diagnosis, transition_batch_size=self.args.transition_batch_size, image=image
+                )
         except Untrainable as problem:
             raise ValueError(
-                f"{name} is of no family with a record, and cannot be trained: {problem}. `trl-flow doctor` says more."
+                f"{name} cannot be trained{f' with generation_kwargs={given}' if given else ''}: {problem}. `trl-flow doctor` "
+                "says more."
             ) from problem
         for warning in diagnosis.warnings:
             logger.warning(f"{name}: {warning}.")

@@ -35,7 +35,7 @@ class RolloutMixin:
 
     def conditioning(self, prompts: list[str], images: list[torch.Tensor] | None) -> list:
         """The policy's conditioning on prompts, and on the pictures `(height, width, 3)`, uint8, that they start from."""
-        return self.policy.conditioning(prompts, images and [Image.fromarray(image.numpy()) for image in images])
+        return self.policy.conditioning(prompts, images and [Image.fromarray(image.cpu().numpy()) for image in images])
 
     def images(self, rows: list[dict]) -> list[torch.Tensor] | None:
         """The pictures that rows of a dataset start from, where the pipeline starts from any."""

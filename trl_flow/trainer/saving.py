@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from ..hub import create_model_card, load_policy, save_policy
+from ..hub import create_model_card, load_policy, save_policy, supports_diffusers_format
 
 
 RUN_FILE = "run.json"
@@ -157,6 +157,13 @@ class SavingMixin:
     def _send_telemetry(self):
         """Nothing is sent: TRL's telemetry is about TRL's own trainers."""
 
+    def _diffusers_format(self) -> bool:
+        """Whether `load_lora_weights` loads what is trained."""
+        return all(
+            supports_diffusers_format(type(self.policy.pipeline), name, denoiser.peft_config["default"])
+            for name, denoiser in self.policy.denoisers.items()
+        )
+
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
         if not self.is_world_process_zero():
             return
@@ -211,6 +218,8 @@ class SavingMixin:
             guider_scale=guidance if self.policy.family.guidance == "guider" else None,
             pipeline_tag=f"{source}-to-{'image' if self.policy.num_frames is None else 'video'}",
             scheduler=self.policy.sampler,
+            # Nothing is saved yet when a run's first card is written.
+            diffusers_format=not self.args.full_finetuning and self._diffusers_format(),
             load_expression="trl_flow.policy.load_pipeline('shapes')" if self.base_model == "shapes" else None,
             steps=self.state.global_step,
             seconds=self._elapsed,

@@ -79,7 +79,9 @@ class UpdateMixin:
                     )[chunk.row]
                     loss = loss + args.beta * weight * kl.sum()
                     logs["kl"] = kl
-                self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+                # Of two denoisers, the one that this step belongs to may have no adapter.
+                if loss.requires_grad:
+                    self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
             if old is None and args.num_iterations > 1:
                 seen = _note(seen, advantages.shape, chunk, now)
             self._nfe += len(chunk.latents) * (2 if args.beta > 0 else 1)
