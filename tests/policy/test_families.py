@@ -337,7 +337,9 @@ def test_gradients_are_those_of_finite_differences(name):
     # Sana's attention has kinks, between which there is room for small steps alone.
     step = 1e-4 if name == "SanaPipeline" else 2e-3
     expected = (4 * difference(step) - difference(2 * step)) / 3
-    assert actual == pytest.approx(expected, rel=1e-2)
+    # A random direction's derivative is about as large as the gradient, and may by chance be small.
+    norm = sum(g.square().sum() for g in gradient if g is not None).sqrt().item()
+    assert actual == pytest.approx(expected, abs=1e-2 * norm)
 
 
 @pytest.mark.parametrize("name", CASES)
