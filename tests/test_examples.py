@@ -49,6 +49,7 @@ PIPELINES = {
     "hunyuan-video-1.5": "HunyuanVideo15Pipeline",
     "ltx-video": "LTXPipeline",
     "lumina-image-2.0": "Lumina2Pipeline",
+    "cogview4-6b": "CogView4Pipeline",
     "qwen-image": "QwenImagePipeline",
     "qwen-image-edit": "QwenImageEditPipeline",
     "sana": "SanaPipeline",

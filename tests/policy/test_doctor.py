@@ -118,7 +118,7 @@ def test_two_denoisers_share_the_work():
 
 
 def test_pipeline_without_a_record():
-    diagnosis = examined("CogView4Pipeline")
+    diagnosis = examined("AuraFlowPipeline")
     assert diagnosis.trains, diagnosis.problem
     assert diagnosis.family == "inferred"
     assert diagnosis.replay_error == diagnosis.picture_error == 0

@@ -178,6 +178,13 @@ LUMINA_2 = PipelineFamily(
     num_eval_inference_steps=30,
 )
 
+COGVIEW_4 = PipelineFamily(
+    name="CogView4",
+    pipelines=("CogView4Pipeline",),
+    lora_target_modules=ATTENTION,
+    guidance_scale=3.5,
+)
+
 HIDREAM = PipelineFamily(
     name="HiDream-I1",
     pipelines=("HiDreamImagePipeline",),
@@ -272,6 +279,7 @@ FAMILIES = (
     CHROMA,
     SANA,
     LUMINA_2,
+    COGVIEW_4,
     HIDREAM,
     WAN,
     WAN_IMAGE_TO_VIDEO,
