@@ -20,9 +20,11 @@ from pathlib import Path
 import pytest
 import torch
 from pipelines import brightness, prompts
+from tiny import tiny_pipeline
 from transformers import TrainerCallback
 
 from trl_flow import RewardHackingCallback
+from trl_flow.hub import load_policy
 
 
 # The held-out reward of each update: it falls at the third, and not beyond its noise at the second.
@@ -34,10 +36,18 @@ def rising(images, trainer_state, **kwargs):
     return [value + 10.0 * trainer_state.global_step for value in brightness(images)]
 
 
+def rising_videos(videos, trainer_state, **kwargs):
+    return rising([video[-1] for video in videos], trainer_state)
+
+
 def watched(prompts, trainer_state, **kwargs):
     """Prompts differ by far more than updates; an update's change differs by 0.1 between prompts."""
     step = trainer_state.global_step
     return [COURSE[step] + 50.0 * len(prompt) + 0.1 * ((number + step) % 2) for number, prompt in enumerate(prompts)]
+
+
+def watched_videos(videos, prompts, trainer_state, **kwargs):
+    return watched(prompts, trainer_state)
 
 
 @pytest.fixture
@@ -135,6 +145,46 @@ def test_rollback_leaves_the_best_evaluation_bit_by_bit(make_run, ema_decay):
     assert not trainer.args.load_best_model_at_end
     # One alarm, which the evaluation after it doesn't repeat.
     assert signals(trainer) == {1: 0.0, 2: 0.0, 3: 1.0}
+
+
+@pytest.mark.parametrize("ema_decay", [0, 0.5])
+@pytest.mark.parametrize("kind", ["two denoisers", "all weights"])
+def test_rollback_of_whatever_is_trained(make_run, kind, ema_decay):
+    """All files of the best evaluation: of both adapters, or of a complete denoiser."""
+    video = {"height": 16, "width": 16, "num_frames": 5, "sde_steps": [0, 1, 2]}
+    settings, files = {
+        "two denoisers": (
+            {
+                "model": tiny_pipeline("WanPipeline/2.2"),
+                "reward_funcs": rising_videos,
+                "eval_reward_funcs": [watched_videos],
+                "max_sequence_length": 16,
+                **video,
+            },
+            ["adapter_model.safetensors", "transformer_2/adapter_model.safetensors"],
+        ),
+        "all weights": (
+            {"full_finetuning": True, "peft_config": None, "learning_rate": 1e-3},
+            ["transformer/diffusion_pytorch_model.safetensors"],
+        ),
+    }[kind]
+    trainer = make_run(RewardHackingCallback(action="rollback"), ema_decay=ema_decay, **settings)
+    trainer.train()
+    run = make_run.directory / "run"
+    assert trainer.state.global_step == 2
+    best = run / "rollback" / "step_000002"
+    for file in files:
+        assert (run / file).read_bytes() == (best / file).read_bytes()
+    # What is in memory is that, too.
+    policy = {name: p.detach().clone() for name, p in trainer.policy.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in trainer.policy.named_parameters():
+            if name in policy:
+                parameter.zero_()
+    load_policy(trainer.policy, run)
+    for name, parameter in trainer.policy.named_parameters():
+        if name in policy:
+            torch.testing.assert_close(parameter, policy[name], rtol=0, atol=1e-7)
 
 
 def test_rollback_to_the_base_model(make_run):
