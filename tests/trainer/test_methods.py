@@ -31,6 +31,7 @@ from observing import logged, randomize, standardized
 from pipelines import brightness, redness
 from transformers import TrainerCallback
 
+import trl_flow
 from trl_flow import (
     AWMConfig,
     B2DiffuRLConfig,
@@ -43,6 +44,7 @@ from trl_flow import (
     TempFlowGRPOConfig,
     TurningPointGRPOConfig,
 )
+from trl_flow.scripts.methods import METHODS
 
 
 # ---- What is recorded, and the transformer by itself ----
@@ -1081,3 +1083,10 @@ def test_a_default_window_fits_and_one_that_is_asked_for_is_refused(config_class
     assert getattr(short, name) == (3 if config_class is CoCAConfig else 2 if config_class is B2DiffuRLConfig else 1)
     with pytest.raises(ValueError, match=f"{name}={published}"):
         config_class("a", num_inference_steps=3, **{name: published})
+
+
+@pytest.mark.parametrize("command", METHODS)
+def test_guidance_is_the_models(command):
+    """But for the methods that are published without guidance."""
+    config = getattr(trl_flow, METHODS[command].config)("a", report_to="none")
+    assert config.guidance_scale == (1.0 if command in ("flow-grpo-fast", "diffusion-nft", "awm") else None)

@@ -30,6 +30,8 @@ class B2DiffuRLConfig(FlowGRPOFastConfig):
     """
 
     num_inference_steps: int = with_default(FlowGRPOFastConfig, "num_inference_steps", 20)
+    # Of the model, as in all methods but Flow-GRPO-Fast.
+    guidance_scale: float | None = with_default(FlowGRPOFastConfig, "guidance_scale", None)
     sde_type: str = with_default(FlowGRPOFastConfig, "sde_type", "flow")
     noise_level: list[str] = with_default(FlowGRPOFastConfig, "noise_level", 0.7)
     num_generations: int = with_default(FlowGRPOFastConfig, "num_generations", 5)
