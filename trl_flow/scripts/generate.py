@@ -364,7 +364,8 @@ def main(args: GenerateArguments):
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     make_grid(prompts, pictures, base_pictures).save(output)
-    settings = ", ".join(f"{name}={value}" for name, value in sampling.items()) or "the pipeline's own settings"
+    shown = sampling if args.image is None else {**sampling, "image": args.image}
+    settings = ", ".join(f"{name}={value}" for name, value in shown.items()) or "the pipeline's own settings"
     print(f"{len(prompts) * count} pictures with {settings}, seed={args.seed}: {output}")
 
 
