@@ -16,7 +16,7 @@
 
     python benchmarks/full_size.py --model sd3.5-medium --method dense-grpo --gradient_checkpointing
     python benchmarks/full_size.py --model all --method all --gradient_checkpointing --compile
-    python benchmarks/full_size.py --model all --method all --dtype float32 --tiny --output /tmp/full_size.json
+    python benchmarks/full_size.py --model all --method all --dtype float32 --tiny --output tiny.json
 
 Denoiser, VAE and text encoders have the sizes of the checkpoint (`--small_text_encoders` keeps their width and one layer of
 each); only the tokenizers are small ones, padded to the same number of tokens. The weights are drawn on the device. Each
