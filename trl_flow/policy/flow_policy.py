@@ -27,11 +27,15 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig, get_peft_model
 from PIL import Image
 from torch import nn
+from transformers.utils import logging
 
 from .conditioning import LATENTS, Answers, Condition, find_layout, find_signature, image_key, recording
 from .diffusion import DDIMIdleScheduler, DDIMQueryScheduler, check_scheduler
 from .families import find_family
 from .schedulers import check_flow_scheduler, idle_scheduler, is_flow, query_scheduler
+
+
+logger = logging.get_logger(__name__)
 
 
 class PolicyConfig(dict):
@@ -170,7 +174,7 @@ class FlowPolicy(nn.Module):
         self.config._name_or_path = pipeline.config.get("_name_or_path") or ""
         try:
             self.latent_shape = self.blank().latent_shape
-        except Exception:
+        except Exception:  # what comes of a missing picture differs from pipeline to pipeline
             if not (family.inferred and family.image == "optional"):
                 raise
             # A picture that the signature calls optional and the pipeline cannot do without.
@@ -365,7 +369,11 @@ class FlowPolicy(nn.Module):
                 one = self._record([prompt], image)
             two = self._record([prompt, prompt], image)
             layout = {name: find_layout(one[name], two[name]) for name in one}
-        except Exception:  # whatever a pipeline raises that is not made for several prompts
+        except Exception as error:  # whatever a pipeline raises that is not made for several prompts
+            logger.warning(
+                f"{type(self.pipeline).__name__} does not take two prompts at once, so rows are evaluated one by one: "
+                f"{type(error).__name__}: {error}"
+            )
             return dict.fromkeys(one), False
         layout[LATENTS] = layout[LATENTS][1:] if isinstance(layout[LATENTS], list) else None
         return layout, True
