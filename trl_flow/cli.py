@@ -30,8 +30,13 @@ COMMANDS = {
         "calibrate": "find a noise level for each step (DenseGRPO, Algorithm 1)",
         "make-shapes": "make the embedded shapes pipeline again, from a seed",
     },
+    "Rewards and prompts": {
+        "rewards": "list, show, check, write, publish and serve reward functions",
+        "prompts": "list and show prompt sets",
+    },
     "Look": {
         "generate": "make a picture grid with a model, with or without an adapter",
+        "evaluate": "score a model with and without an adapter: table, pictures, intervals",
         "env": "print versions and hardware, for bug reports",
     },
 }
