@@ -21,6 +21,7 @@ import torch
 from trl_flow.credit import (
     assign_credit,
     combine_rewards,
+    compared_leaves,
     gain,
     normalize,
     outcome,
@@ -28,7 +29,7 @@ from trl_flow.credit import (
     turning_points,
     value_after,
 )
-from trl_flow.rollout import dense_plan
+from trl_flow.rollout import chain_plan, dense_plan
 
 
 NAN = math.nan
@@ -306,6 +307,71 @@ def test_batch_scale_asks_for_the_values_of_all_processes():
         scale="batch",
     )
     torch.testing.assert_close(part, whole[:2])
+
+
+def test_gdpo_normalises_the_sum_over_the_batch():
+    """Each reward in its group, their weighted sum over the batch, step by step (arXiv:2601.05242), in numpy."""
+    rewards = random_values(4, 6, 3)
+    rewards[1, :, 2] = 0.5  # says nothing about this prompt
+    rewards[2, 4, 0] = NAN
+    weights = (1.0, 0.5, 2.0)
+    leaves = torch.arange(6).reshape(2, 3, 1)
+    gathered = []
+    elsewhere = np.zeros((2, 2, 3))
+    for b, s, r in np.ndindex(2, 2, 3):
+        values = rewards[2 + b, leaves[s, :, 0].numpy(), r]
+        elsewhere[b, s] += weights[r] * (values - np.nanmean(values)) / np.nanstd(values)
+    elsewhere = torch.from_numpy(elsewhere)
+    advantages, mask = assign_credit(
+        torch.from_numpy(rewards[:2]),
+        torch.tensor(weights),
+        leaves,
+        outcome,
+        "gdpo",
+        # The other process holds the other two prompts.
+        gather=lambda values: gathered.append(values) or torch.cat([values, elsewhere]),
+        eps=0.0,
+    )
+    expected = np.zeros((4, 2, 3))
+    for b, s in np.ndindex(4, 2):
+        for r, weight in enumerate(weights):
+            values = rewards[b, leaves[s, :, 0].numpy(), r]
+            if np.nanstd(values):
+                expected[b, s] += weight * (values - np.nanmean(values)) / np.nanstd(values)
+    expected = (expected - np.nanmean(expected, (0, 2), keepdims=True)) / np.nanstd(expected, (0, 2), keepdims=True)
+    np.testing.assert_allclose(advantages.numpy(), expected[:2], rtol=1e-10)
+    assert mask.all() and len(gathered) == 1
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum", "gdpo"])
+def test_a_group_without_a_difference_has_no_advantage(aggregation):
+    rewards = random_values(2, 3, 2)
+    rewards[1] = 0.25
+    leaves = torch.arange(3).reshape(1, 3, 1)
+    advantages, mask = assign_credit(torch.from_numpy(rewards), torch.ones(2), leaves, outcome, aggregation)
+    assert mask[0].all() and not mask[1].any()
+    assert (advantages[1] == 0).all()
+
+
+# ---- Who is compared with whom ----
+
+
+def leaves_of(plan):
+    position = {leaf: i for i, leaf in enumerate(plan.leaves)}
+    return torch.tensor([[[position[n] for n in edge.leaves] for edge in plan.transitions[s]] for s in plan.steps])
+
+
+def test_leaves_are_compared_with_those_that_they_are_normalised_with():
+    plan = chain_plan(4, 3, [0, 1, 2], False)
+    assert len(set(compared_leaves(leaves_of(plan), 3))) == 1  # every step is credited with the same three pictures
+    # DenseGRPO: the tails from before the first step, those from after it (and before the second one), and so on.
+    plan = dense_plan(4, 3, [0, 1, 2])
+    found = compared_leaves(leaves_of(plan), len(plan.leaves))
+    sets = [{found[leaf] for leaf in leaves_of(plan)[s, :, k].tolist()} for s in range(3) for k in range(2)]
+    assert all(len(numbers) == 1 for numbers in sets)
+    assert len(set(found)) == 4 and sets[1] == sets[2] and sets[3] == sets[4]
+    # Sets that share a leaf are one; a leaf that credits nothing is alone.
+    assert compared_leaves(torch.tensor([[[0], [1]], [[1], [3]]]), 5) == [0, 0, 2, 0, 4]
 
 
 # ---- Gains along a plan ----

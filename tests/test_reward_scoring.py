@@ -15,6 +15,8 @@
 import asyncio
 import logging
 import math
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -23,7 +25,15 @@ from accelerate import PartialState
 from PIL import Image
 
 from trl_flow import load_reward
-from trl_flow.rewards import check_rewards, reward_name, score
+from trl_flow.rewards import (
+    Reward,
+    RewardThreads,
+    RewardUnavailableError,
+    check_rewards,
+    reward_name,
+    score,
+    start_scoring,
+)
 
 
 NAN = math.nan
@@ -51,7 +61,7 @@ def test_reward_functions_get_what_trl_gives_them():
         assert (trainer_state, log_extra, log_metric) == ("state", "extra", "metric")
         return target
 
-    scores, errors = score(
+    scores, failed, errors = score(
         [reward],
         ["reward"],
         PROMPTS,
@@ -63,7 +73,7 @@ def test_reward_functions_get_what_trl_gives_them():
     )
     assert scores.dtype == torch.float64 and scores.shape == (8, 1)
     assert scores[:, 0].tolist() == list(range(8))
-    assert errors == {"reward": []}
+    assert not failed.any() and errors == {"reward": []}
 
 
 @pytest.mark.parametrize(
@@ -80,14 +90,16 @@ def test_reward_functions_get_what_trl_gives_them():
     ids=["list", "tuple", "numpy", "tensor", "column", "generator", "map"],
 )
 def test_what_a_reward_may_return(make):
-    scores, _ = score([lambda images, **kwargs: make([number_of(i) for i in images])], ["r"], PROMPTS, IMAGES)
+    scores, _, _ = score([lambda images, **kwargs: make([number_of(i) for i in images])], ["r"], PROMPTS, IMAGES)
     assert scores[:, 0].tolist() == list(range(8))
 
 
 def test_a_missing_score_is_no_number():
     values = [0.5, None, NAN, math.inf, -math.inf, True, np.float32(0.25), torch.tensor(2.0)]
-    scores, errors = score([lambda images, **kwargs: values], ["r"], PROMPTS, IMAGES)
+    scores, failed, errors = score([lambda images, **kwargs: values], ["r"], PROMPTS, IMAGES)
     np.testing.assert_array_equal(scores[:, 0].numpy(), [0.5, NAN, NAN, NAN, NAN, 1.0, 0.25, 2.0])
+    # None says that there is nothing to score; anything else that is no number is a failure.
+    assert failed[:, 0].tolist() == [False, False, True, True, True, False, False, False]
     assert not errors["r"]
 
 
@@ -108,28 +120,25 @@ def test_a_reward_that_raises_costs_the_samples_that_make_it_raise(bad, asynchro
 
     function = fragile_async if asynchronous else fragile
     with caplog.at_level(logging.WARNING):
-        scores, errors = score(
+        scores, failed, errors = score(
             [function, numbers], ["fragile", "numbers"], PROMPTS, IMAGES, {"target": list(range(8))}
         )
     expected = [NAN if number in bad else 10.0 * number for number in range(8)]
     np.testing.assert_array_equal(scores[:, 0].numpy(), expected)
     assert scores[:, 1].tolist() == list(range(8))
+    assert failed[:, 0].tolist() == [number in bad for number in range(8)] and not failed[:, 1].any()
     assert sorted(str(error) for error in errors["fragile"]) == sorted(f"picture {number}" for number in bad)
     assert all(type(error) is ZeroDivisionError for error in errors["fragile"])
     assert f"'fragile' raised for {len(bad)} of 8 samples" in caplog.text and "ZeroDivisionError" in caplog.text
 
 
 def test_asynchronous_rewards_run_together_and_inside_a_running_loop():
-    meeting = []
+    meeting = threading.Barrier(2, timeout=30)  # raises if only one of them comes
 
-    def make(name, value):
+    def make(value):
         async def reward(images, **kwargs):
-            meeting.append(name)
-            for _ in range(100):  # until the other one has begun
-                if len(meeting) == 2:
-                    return [value] * len(images)
-                await asyncio.sleep(0)
-            raise AssertionError("the two do not run together")
+            await asyncio.to_thread(meeting.wait)
+            return [value] * len(images)
 
         return reward
 
@@ -138,9 +147,9 @@ def test_asynchronous_rewards_run_together_and_inside_a_running_loop():
             return [3.0] * len(images)
 
     async def notebook():
-        return score([make("a", 1.0), numbers, make("b", 2.0), Callable()], ["a", "n", "b", "c"], PROMPTS, IMAGES)
+        return score([make(1.0), numbers, make(2.0), Callable()], ["a", "n", "b", "c"], PROMPTS, IMAGES)
 
-    scores, errors = asyncio.run(notebook())
+    scores, _, errors = asyncio.run(notebook())
     assert scores[5].tolist() == [1.0, 5.0, 2.0, 3.0]
     assert not any(errors.values())
 
@@ -194,8 +203,8 @@ def test_check_rewards_names_the_error():
     def broken(**kwargs):
         raise OSError("no weights")
 
-    with pytest.raises(ValueError, match=r"no reward function \(broken\) returned a score. OSError: no weights"):
-        check_rewards([broken], ["broken"], [{"prompt": "a"}], (2, 2))
+    with pytest.raises(ValueError, match=r"'broken' raised for each of 1 grey test pictures. OSError: no weights"):
+        check_rewards([numbers, broken], ["n", "broken"], [{"prompt": "a"}], (2, 2))
 
 
 # ---- Names ----
@@ -213,11 +222,15 @@ def test_load_reward(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("aesthetics", "reward='aesthetics' is unknown. Built-in rewards: shapes.*dotted path"),
-        ("no_such_module.reward", "reward='no_such_module.reward' could not be imported.*Built-in rewards"),
+        ("aesthetics", "reward='aesthetics' is unknown. Expected .*built-in reward.*pickscore.*dotted path"),
+        ("no_such_module.reward", "reward='no_such_module.reward' could not be imported.*built-in reward"),
         ("math.no_such_function", "could not be imported"),
         ("math.pi", "reward='math.pi' is a float, not a function"),
-        (3, "reward=3 is a int: expected a function or a name"),
+        (3, "reward=3 is a int. Expected a function, the name"),
+        ({"shapes": {}, "clip": {}}, "has 2 names: expected one, with its settings"),
+        ({"shapes": 3}, "expected a name and its settings"),
+        ('{"shapes": ', "is no JSON"),
+        ({"shapes": {"match": "exact"}}, "reward='shapes' takes no settings: got {'match': 'exact'}"),
     ],
 )
 def test_unknown_rewards(name, message):
@@ -234,3 +247,97 @@ def test_reward_name():
     assert reward_name("my_rewards.brightness") == "brightness"
     assert reward_name(numbers) == "numbers"
     assert reward_name(Judge()) == "Judge"
+    assert reward_name({"ocr": {"match": "paper"}}) == reward_name('{"ocr": null}') == "ocr"
+    assert reward_name("user/sharpness@v1") == reward_name("evaluate:user/sharpness") == "sharpness"
+    assert reward_name("openai:org/Judge-7b@http://localhost:8000/v1") == "Judge-7b"
+    assert reward_name("http://localhost:8000/a/b") == "localhost:8000_a_b"
+
+
+# ---- Settings ----
+
+
+class Sharpness(Reward):
+    def __init__(self, radius: float, power: float = 1.0):
+        self.radius, self.power = radius, power
+
+    def __call__(self, prompts, images, **kwargs):
+        return [self.radius**self.power] * len(images)
+
+
+def test_settings_of_a_reward(tmp_path, monkeypatch):
+    (tmp_path / "sharp.py").write_text("from test_reward_scoring import Sharpness\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
+    assert load_reward({"sharp.Sharpness": {"radius": 2, "power": 3}})(["p"], [None]) == [8]
+    assert load_reward('{"sharp.Sharpness": {"radius": 2}}')(["p"], [None]) == [2]
+    assert load_reward("sharp.Sharpness", radius=2, power=2)(["p"], [None]) == [4]
+    with pytest.raises(ValueError, match="has no setting sigma: expected radius, power"):
+        load_reward({"sharp.Sharpness": {"radius": 2, "sigma": 1}})
+    with pytest.raises(ValueError, match='needs the setting radius: {"sharp.Sharpness": {"radius": "..."}}'):
+        load_reward("sharp.Sharpness")
+    with pytest.raises(ValueError, match="revision='main': reward='shapes' comes from no repository"):
+        load_reward("shapes", revision="main")
+
+
+# ---- Groups and threads ----
+
+
+def test_a_reward_of_scope_group_gets_the_whole_group():
+    class Rank(Reward):
+        scope = "group"
+
+        def __call__(self, prompts, images, target, **kwargs):
+            calls.append((set(prompts), sorted(target)))
+            if 5 in target:
+                raise RuntimeError("nothing to compare")
+            order = sorted(target)
+            return [order.index(value) for value in target]
+
+    calls = []
+    target = [3, 1, 2, 9, 7, 8, 5, 4]
+    values, failed, errors = score(
+        [Rank()], ["rank"], ["a"] * 8, IMAGES, {"target": target}, groups=[0, 0, 1, 1, 0, 1, 2, 2]
+    )
+    np.testing.assert_array_equal(values[:, 0].numpy(), [1, 0, 0, 2, 2, 1, NAN, NAN])
+    assert failed[:, 0].tolist() == [False] * 6 + [True] * 2
+    assert len(errors["rank"]) == 2
+    # One call for each group, also for the one that fails: halves of a group are another group.
+    assert calls == [({"a"}, [1, 3, 7]), ({"a"}, [2, 8, 9]), ({"a"}, [4, 5])]
+
+
+def test_a_reward_that_is_unavailable_is_asked_once():
+    calls = []
+
+    def gone(images, **kwargs):
+        calls.append(len(images))
+        raise RewardUnavailableError("no route to host")
+
+    values, failed, errors = score([gone, numbers], ["gone", "numbers"], PROMPTS, IMAGES)
+    assert calls == [8] and failed[:, 0].all() and len(errors["gone"]) == 8
+    assert values[:, 1].tolist() == list(range(8))
+
+
+def test_concurrent_rewards_run_while_the_caller_goes_on():
+    may_end = threading.Event()
+    running = []
+
+    class Slow(Reward):
+        concurrent = True
+
+        def __call__(self, prompts, images, **kwargs):
+            running.append(prompts[0])
+            assert len(running) == 1  # never twice at a time
+            assert may_end.wait(30)
+            running.pop()
+            return numbers(images)
+
+    slow, threads = Slow(), RewardThreads()
+    parts = [
+        start_scoring(threads, [numbers, slow], ["numbers", "slow"], PROMPTS[i : i + 2], IMAGES[i : i + 2])
+        for i in (0, 2, 4, 6)
+    ]
+    assert len(running) <= 1  # none has ended, all have been started
+    may_end.set()
+    values = torch.cat([wait().values for wait in parts])
+    threads.close()
+    assert values.tolist() == [[number, number] for number in range(8)]

@@ -28,6 +28,8 @@ import torch
 # order one.
 ZERO_STD = 1e-6
 
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum", "gdpo")
+
 
 def combine_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """
@@ -169,15 +171,17 @@ def assign_credit(
 
     Each column that `credit` returns is normalised by itself and the advantages are summed: one column for an outcome
     or a gain, one per granularity for G2RPO (eq. 11). With `"normalize_then_sum"` the same holds for each reward
-    function, times its weight (DanceGRPO; G2RPO section 3.3).
+    function, times its weight (DanceGRPO; G2RPO section 3.3). `"gdpo"` (GDPO, arXiv:2601.05242) then brings the sum to
+    mean 0 and standard deviation 1 over the batch, step by step, so that its size does not grow with the number of
+    reward functions.
 
     Args:
         rewards (`torch.Tensor` of shape `(B, L, R)`): NaN where there is no score.
         weights (`torch.Tensor` of shape `(R,)`).
         leaves (`torch.Tensor` of shape `(S, G, K)`): Positions of the leaves that credit each transition.
         credit (`Callable`): Rewards of the leaves `(B, S, G, K)` -> values `(B, S, G, C)`.
-        aggregation (`str`): `"sum_then_normalize"` or `"normalize_then_sum"`.
-        gather (`Callable`, *optional*): Joins the values `(B, S, G)` of all processes, for `scale="batch"`.
+        aggregation (`str`): One of `AGGREGATIONS`.
+        gather (`Callable`, *optional*): Joins the values `(B, S, G)` of all processes, for what is taken over the batch.
         normalization: Passed to [`normalize`].
 
     Returns:
@@ -191,17 +195,51 @@ def assign_credit(
         used = [r for r, weight in enumerate(weights.tolist()) if weight != 0]
         scores, factors = [combine_rewards(rewards, alone[r]) for r in used], [weights[r].item() for r in used]
     advantages, known, informative = 0.0, True, False
+    by_batch = gather is not None and normalization.get("scale") == "batch"
     for score, factor in zip(scores, factors, strict=True):
         magnitude = score.nan_to_num().abs().amax(1)
         for value in credit(score[:, leaves]).unbind(-1):
-            batch = gather(value) if gather is not None else None
+            batch = gather(value) if by_batch else None
             advantage, mask = normalize(value, batch=batch, magnitude=magnitude, **normalization)
             # A function that does not apply to a prompt takes nothing away from it.
             known = known & (~value.isnan() | score.isnan().all(1)[:, None, None])
             informative = informative | mask
             advantages = advantages + factor * advantage
     mask = known & informative
+    if aggregation == "gdpo":
+        batch = torch.where(known, advantages, torch.nan)
+        batch = gather(batch) if gather is not None else batch
+        columns = batch.transpose(0, 1).flatten(1)  # (S, B' * G)
+        mean, std = _moments(columns, normalization.get("ddof", 0))
+        advantages = (advantages - mean) / (std + normalization.get("eps", 1e-4))  # (S, 1): for each step
     return torch.where(mask, advantages, 0.0), mask
+
+
+def compared_leaves(leaves: torch.Tensor, num_leaves: int) -> list[int]:
+    """
+    The number of the set in which each leaf of a plan is compared: the G members of a group that are normalised
+    together, joined where they share a leaf.
+
+    Args:
+        leaves (`torch.Tensor` of shape `(S, G, K)`): Positions of the leaves that credit each transition.
+        num_leaves (`int`): L.
+
+    Returns:
+        `list[int]`: One for each of L leaves.
+    """
+    number = list(range(num_leaves))
+    for members in leaves.transpose(1, 2).flatten(0, 1).tolist():
+        joined = {number[leaf] for leaf in members}
+        number = [min(joined) if n in joined else n for n in number]
+    return number
+
+
+def _moments(values: torch.Tensor, ddof: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation over the last dimension, which is kept, of what is not NaN."""
+    valid = ~values.isnan()
+    mean = _mean(values, valid)
+    squares = torch.where(valid, values - mean, 0.0).square().sum(-1, keepdim=True)
+    return mean, (squares / (valid.sum(-1, keepdim=True) - ddof).clamp(min=1)).sqrt()
 
 
 def normalize(
@@ -242,10 +280,7 @@ def normalize(
     mask = valid & (count >= 2) & (std > ZERO_STD * magnitude[:, None, None])
     if scale == "batch":
         batch = values if batch is None else batch.double()
-        columns = batch.transpose(0, 1).flatten(1)  # (S, B' * G)
-        known = ~columns.isnan()
-        deviation = torch.where(known, columns - _mean(columns, known), 0.0)
-        std = (deviation.square().sum(-1) / (known.sum(-1) - ddof).clamp(min=1)).sqrt()[None, :, None]
+        std = _moments(batch.transpose(0, 1).flatten(1), ddof)[1]  # over B' * G; (S, 1)
     elif scale == "none":
         std = torch.ones_like(std) - eps
     return torch.where(mask, centred / (std + eps), 0.0), mask

@@ -247,7 +247,7 @@ def broken(images, **kwargs):
         (strings, r"Reward 'strings' returned '0.5' \(str\): expected numbers or None"),
         (number, "Reward 'number' returned a float: expected a list of 2 numbers or None"),
         (nothing, r"no reward function \(nothing\) returned a score"),
-        (broken, "returned a score. RuntimeError: the model is not downloaded"),
+        (broken, "raised for each of 2 grey test pictures. RuntimeError: the model is not downloaded"),
         ("aesthetics", "reward='aesthetics' is unknown. Built-in rewards: shapes"),
         ("no_such_module.reward", "reward='no_such_module.reward' could not be imported"),
         ("math.pi", "reward='math.pi' is a float, not a function"),

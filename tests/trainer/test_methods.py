@@ -79,7 +79,7 @@ class Recorder:
             trainer._generate_and_score,
             trainer.old_statistics,
             trainer.decode,
-            trainer.calculate_rewards,
+            trainer.start_rewards,
         )
 
         def recorded_generate(rows):
@@ -95,15 +95,20 @@ class Recorder:
             return decode(latents, conditioning)
 
         def recorded_rewards(*args):
-            scores = calculate(*args)
-            if self.rollouts:
-                self.rollouts[-1].scores.append(scores)
-            return scores
+            wait, rollout = calculate(*args), self.rollouts[-1] if self.rollouts else None
+
+            def recorded_wait():
+                scores, failed = wait()
+                if rollout is not None:
+                    rollout.scores.append(scores)
+                return scores, failed
+
+            return recorded_wait
 
         trainer._generate_and_score = recorded_generate
         trainer.old_statistics = self.during("old", old)
         trainer.decode = recorded_decode
-        trainer.calculate_rewards = recorded_rewards
+        trainer.start_rewards = recorded_rewards
 
     def during(self, stage, function):
         def run(*args):

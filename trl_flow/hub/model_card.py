@@ -60,6 +60,7 @@ def create_model_card(
     datasets: str | Sequence[str] | None = None,
     reward_names: Sequence[str] = (),
     eval_reward_names: Sequence[str] = (),
+    reward_sources: Mapping[str, Mapping[str, str]] | None = None,
     metrics: Mapping[str, Mapping] | None = None,
     config: Mapping | None = None,
     call_arguments: Mapping | None = None,
@@ -107,6 +108,9 @@ def create_model_card(
             Rewards that were trained on.
         eval_reward_names (`Sequence[str]`, *optional*):
             Held-out rewards that were only watched.
+        reward_sources (`Mapping[str, Mapping[str, str]]`, *optional*):
+            By name of a reward, where it comes from: a `repository` or `weights` on the Hub with its `revision`, and
+            whatever else it says of itself.
         metrics (`Mapping`, *optional*):
             Held-out scores as `{"before": {name: score}, "after": {name: score}}`. A score is a number, or a mapping
             with `mean` and, for the 95 % interval, `std` and `n`.
@@ -190,10 +194,10 @@ def create_model_card(
     training_lines = [f"Method: {method_name}" + (f", {paper['title']}" if paper.get("title") else "")]
     if datasets:
         training_lines.append("Prompts: " + ", ".join(_link_dataset(name) for name in datasets))
-    if reward_names:
-        training_lines.append("Rewards: " + ", ".join(f"`{name}`" for name in reward_names))
-    if eval_reward_names:
-        training_lines.append("Watched, never trained on: " + ", ".join(f"`{name}`" for name in eval_reward_names))
+    sources = reward_sources or {}
+    for title, names in (("Rewards", reward_names), ("Watched, never trained on", eval_reward_names)):
+        if names:
+            training_lines.append(f"{title}: " + ", ".join(_reward_text(name, sources.get(name)) for name in names))
     if steps is not None:
         training_lines.append(f"Updates: {steps:,}")
     if nfe is not None:
@@ -455,6 +459,22 @@ def _versions() -> list[tuple[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _reward_text(name: str, source: Mapping[str, str] | None) -> str:
+    """A reward with the repository and commit that it came from."""
+    source = dict(source or {})
+    revision = source.pop("revision", None)
+    parts = []
+    for kind, value in source.items():
+        if HUB_ID.fullmatch(value) and kind in ("repository", "weights", "space"):
+            place = f"https://huggingface.co/{'spaces/' if kind == 'space' else ''}{value}"
+            parts.append(f"{kind} [{value}]({place}{f'/tree/{revision}' if revision else ''})")
+        else:
+            parts.append(f"{kind} {value}")
+    if revision:
+        parts.append(f"at `{revision}`")
+    return f"`{name}`" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def _link_dataset(name: str) -> str:

@@ -16,4 +16,12 @@
 
 from .loading import REWARDS, RewardSpec, load_reward, parse_reward, reward_name
 from .reward import About, Reward, RewardUnavailableError, reward_settings
-from .scoring import NothingToLearnError, check_rewards, score
+from .scoring import (
+    NothingToLearnError,
+    RewardThreads,
+    Scores,
+    check_rewards,
+    is_async,
+    score,
+    start_scoring,
+)

@@ -15,14 +15,19 @@
 """Calls reward functions on a batch of pictures. A failure is a missing score (NaN), never a made-up number."""
 
 import asyncio
+import functools
 import inspect
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from accelerate.logging import get_logger
 from PIL import Image
+
+from .reward import RewardUnavailableError
 
 
 logger = get_logger(__name__)
@@ -34,103 +39,173 @@ class NothingToLearnError(ValueError):
     """No sample of a batch has a score."""
 
 
-def score(
+class Scores(NamedTuple):
+    """
+    Scores of n pictures by R reward functions.
+
+    Attributes:
+        values (`torch.Tensor` of shape `(n, R)`): float64, NaN where there is none.
+        failed (`torch.Tensor` of shape `(n, R)`): Where there is none because the function raised or returned NaN: it
+            applies to the picture, and what it would have said is not known. Elsewhere it returned `None`.
+        errors (`dict[str, list[Exception]]`): What each function raised, one exception per sample that it cost.
+    """
+
+    values: torch.Tensor
+    failed: torch.Tensor
+    errors: dict[str, list[Exception]]
+
+
+class RewardThreads:
+    """
+    A thread for each reward function that is `concurrent` or asynchronous: scores are made while sampling goes on, and no
+    function is called twice at a time.
+    """
+
+    def __init__(self):
+        self._threads: dict[int, ThreadPoolExecutor] = {}
+
+    def of(self, function: Callable) -> Executor | None:
+        """The thread of a function; `None` for one that is called in the caller's."""
+        if not is_async(function) and not getattr(function, "concurrent", False):
+            return None
+        if id(function) not in self._threads:
+            self._threads[id(function)] = ThreadPoolExecutor(1, thread_name_prefix="reward")
+        return self._threads[id(function)]
+
+    def close(self):
+        """Drops what has not begun."""
+        for thread in self._threads.values():
+            thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.clear()
+
+
+def score(*args, **kwargs) -> Scores:
+    """The result of [`start_scoring`]. Functions that have a thread run together, beside the others."""
+    threads = RewardThreads()
+    try:
+        return start_scoring(threads, *args, **kwargs)()
+    finally:
+        threads.close()
+
+
+def start_scoring(
+    threads: RewardThreads,
     reward_funcs: list[Callable],
     reward_names: list[str],
     prompts: list[str],
     images: list[Image.Image] | list[list[Image.Image]],
     columns: dict[str, list] | None = None,
+    groups: list[Hashable] | None = None,
     **extras,
-) -> tuple[torch.Tensor, dict[str, list[Exception]]]:
+) -> Callable[[], Scores]:
     """
     Scores of every picture by every reward function.
 
-    A function that raises is called again on halves of the batch until the samples that make it raise are alone; those
-    have no score. Asynchronous functions run together.
+    Functions that have a thread are started in it; the others have run when this returns. A function that raises is
+    called again on halves of the batch until the samples that make it raise are alone; those have no score. One that
+    raises [`RewardUnavailableError`] is not called again. A function of scope `"group"` is called once for each group.
 
     Videos are lists of frames. A function with an argument `videos` gets them whole; any other one scores pictures, and
     gets up to 8 frames of each video, evenly spaced: their mean is the video's score.
 
     Args:
+        threads ([`RewardThreads`]): Where `concurrent` and asynchronous functions run.
         reward_funcs (`list[Callable]`), reward_names (`list[str]`): R functions and their names.
         prompts (`list[str]`), images (`list[PIL.Image.Image]` or `list[list[PIL.Image.Image]]`): One prompt for each of n
             pictures or videos.
         columns (`dict[str, list]`, *optional*): Other columns of the dataset, n values each.
+        groups (`list`, *optional*): What tells apart the groups in which samples are compared. Default: their prompts.
         extras: Further keyword arguments, passed on as they are (`trainer_state`, `log_extra`, `log_metric`).
 
     Returns:
-        `tuple[torch.Tensor, dict[str, list[Exception]]]`: Scores of shape `(n, R)`, float64 with NaN where there is
-        none, and what each function raised, one exception per sample that it cost.
+        `Callable[[], Scores]`: Waits for the scores.
 
     Raises:
-        ValueError: If a function returns another number of scores, or something that is not a number.
+        ValueError: Here or when waited for, if a function returns another number of scores, or something that is not a
+            number.
     """
     columns = {**(columns or {}), "prompts": prompts, "images": images, "completions": images}
-    n = len(images)
     are_videos = bool(images) and isinstance(images[0], (list, tuple))
-    frames = _spread_frames(columns, images) if are_videos else columns
+    count = min(FRAMES_PER_VIDEO, len(images[0])) if are_videos else 1
+    frames = _spread_frames(columns, images, count) if are_videos else columns
     if are_videos:
         columns["videos"] = images
-    # Of each function, by sample: a video of which one frame could not be scored has no score.
-    raised_for = {name: {} for name in reward_names}
+    members = defaultdict(list)
+    for sample, group in enumerate(prompts if groups is None else groups):
+        members[group].append(sample)
 
-    def arguments(function: Callable, start: int, stop: int) -> dict:
-        table = columns if takes_videos(function) else frames
-        return {**{name: values[start:stop] for name, values in table.items()}, **extras}
+    n = len(images)
+    begun = []
+    for function, name in zip(reward_funcs, reward_names, strict=True):
+        table, repeats = (columns, 1) if takes_videos(function) else (frames, count)
+        by_group = getattr(function, "scope", "sample") == "group"
+        parts = list(members.values()) if by_group else [range(n)]
+        rows = [[sample * repeats + i for sample in part for i in range(repeats)] for part in parts]
+        work = functools.partial(_score_parts, function, name, table, rows, repeats, by_group, extras)
+        thread = threads.of(function)
+        begun.append(work() if thread is None else thread.submit(work))
 
-    def length(function: Callable) -> int:
-        return n if takes_videos(function) else len(frames["prompts"])
+    def wait() -> Scores:
+        results = [part.result() if isinstance(part, Future) else part for part in begun]
+        errors = {name: list(raised.values()) for name, (_, _, raised) in zip(reward_names, results, strict=True)}
+        for name, raised in errors.items():
+            if raised:
+                logger.warning(
+                    f"Reward {name!r} raised for {len(raised)} of {n} samples, which are left out. The first "
+                    f"error was {type(raised[0]).__name__}: {raised[0]}"
+                )
+        values, failed = (torch.stack([result[i] for result in results], dim=1) for i in (0, 1))
+        return Scores(values, failed, errors)
 
-    def note(function: Callable, name: str, start: int, error: Exception) -> list[float]:
-        raised_for[name][start * n // length(function)] = error
-        return [math.nan]
+    return wait
 
-    def call(function: Callable, name: str, start: int, stop: int) -> list[float]:
+
+def _score_parts(
+    function: Callable,
+    name: str,
+    table: dict[str, list],
+    parts: list[list[int]],
+    repeats: int,
+    whole: bool,
+    extras: dict,
+) -> tuple[torch.Tensor, torch.Tensor, dict[int, Exception]]:
+    """
+    Scores `(n,)` of one function, where it failed `(n,)`, and what it raised, by sample.
+
+    Args:
+        parts (`list[list[int]]`): Rows of the table that are scored in one call each.
+        repeats (`int`): Rows of each sample.
+        whole (`bool`): Whether a part means nothing in halves.
+    """
+    n = len(table["prompts"]) // repeats
+    scores = torch.full((n * repeats,), math.nan, dtype=torch.float64)
+    failed = torch.zeros(n * repeats, dtype=torch.bool)
+    raised = {}
+
+    def call(rows: list[int]):
         try:
-            result = function(**arguments(function, start, stop))
+            result = function(**{column: [values[row] for row in rows] for column, values in table.items()}, **extras)
+            if inspect.isawaitable(result):
+                result = asyncio.run(_wait_for(result))
         except Exception as error:  # a reward is the user's code: anything may come out of it
-            if stop - start == 1:
-                return note(function, name, start, error)
-            middle = (start + stop) // 2
-            return call(function, name, start, middle) + call(function, name, middle, stop)
-        return _as_scores(result, name, stop - start)
+            if len(rows) == 1 or whole or isinstance(error, RewardUnavailableError):
+                raised.update(dict.fromkeys((row // repeats for row in rows), error))
+                failed[rows] = True
+                return
+            middle = len(rows) // 2
+            call(rows[:middle])
+            call(rows[middle:])
+            return
+        scores[rows], failed[rows] = _as_scores(result, name, len(rows))
 
-    async def call_async(function: Callable, name: str, start: int, stop: int) -> list[float]:
-        try:
-            result = await function(**arguments(function, start, stop))
-        except Exception as error:
-            if stop - start == 1:
-                return note(function, name, start, error)
-            middle = (start + stop) // 2
-            halves = (call_async(function, name, start, middle), call_async(function, name, middle, stop))
-            return sum(await asyncio.gather(*halves), [])
-        return _as_scores(result, name, stop - start)
+    for rows in parts:
+        call(rows)
+    # A video of which one frame could not be scored has no score.
+    return scores.unflatten(0, (n, repeats)).mean(1), failed.unflatten(0, (n, repeats)).any(1), raised
 
-    scores = torch.full((n, len(reward_funcs)), math.nan, dtype=torch.float64)
-    asynchronous = [i for i, function in enumerate(reward_funcs) if is_async(function)]
-    for i, (function, name) in enumerate(zip(reward_funcs, reward_names, strict=True)):
-        if i not in asynchronous:
-            scores[:, i] = _by_sample(call(function, name, 0, length(function)), n)
-    if asynchronous:
 
-        async def call_all():
-            return await asyncio.gather(
-                *(call_async(reward_funcs[i], reward_names[i], 0, length(reward_funcs[i])) for i in asynchronous)
-            )
-
-        # A thread of its own: `asyncio.run` refuses to run inside a running loop, as in a notebook.
-        with ThreadPoolExecutor(1) as executor:
-            for i, result in zip(asynchronous, executor.submit(asyncio.run, call_all()).result(), strict=True):
-                scores[:, i] = _by_sample(result, n)
-
-    errors = {name: list(raised.values()) for name, raised in raised_for.items()}
-    for name, raised in errors.items():
-        if raised:
-            logger.warning(
-                f"Reward {name!r} raised for {len(raised)} of {n} samples, which are left out. The first error was "
-                f"{type(raised[0]).__name__}: {raised[0]}"
-            )
-    return scores, errors
+async def _wait_for(awaitable):
+    return await awaitable
 
 
 def check_rewards(
@@ -153,20 +228,26 @@ def check_rewards(
         ValueError: If a function raises for every sample, or returns the wrong number of scores, no numbers, or no
             score at all.
     """
+    if any(getattr(function, "scope", "sample") == "group" for function in reward_funcs):
+        rows = [row for row in rows for _ in range(2)]  # one picture alone cannot be compared
     images = [Image.new("RGB", image_size, (128, 128, 128)) for _ in rows]
     if num_frames is not None:
         images = [[image] * num_frames for image in images]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    scores, errors = score(reward_funcs, reward_names, [row["prompt"] for row in rows], images, columns, **extras)
-    if scores.isnan().all():
-        raised = next((raised[0] for raised in errors.values() if raised), None)
-        cause = f" {type(raised).__name__}: {raised}" if raised else ""
-        raise ValueError(
-            f"On {len(rows)} grey test pictures no reward function ({', '.join(reward_names)}) returned a score.{cause}"
-        ) from raised
-    for name, column in zip(reward_names, scores.unbind(1), strict=True):
+    prompts = [row["prompt"] for row in rows]
+    values, _, errors = score(reward_funcs, reward_names, prompts, images, columns, **extras)
+    for name, column in zip(reward_names, values.unbind(1), strict=True):
+        if len(errors[name]) == len(images):
+            error = errors[name][0]
+            raise ValueError(
+                f"Reward {name!r} raised for each of {len(images)} grey test pictures. {type(error).__name__}: {error}"
+            ) from error
         if column.isnan().all():
-            logger.warning(f"Reward {name!r} has no score for any of {len(rows)} grey test pictures.")
+            logger.warning(f"Reward {name!r} has no score for any of {len(images)} grey test pictures.")
+    if values.isnan().all():
+        raise ValueError(
+            f"On {len(images)} grey test pictures no reward function ({', '.join(reward_names)}) returned a score."
+        )
 
 
 def takes_videos(function: Callable) -> bool:
@@ -174,25 +255,20 @@ def takes_videos(function: Callable) -> bool:
     return "videos" in inspect.signature(function).parameters
 
 
-def _spread_frames(columns: dict[str, list], videos: list[list]) -> dict[str, list]:
-    """Columns with a row per chosen frame, the same number of each video."""
-    count = min(FRAMES_PER_VIDEO, len(videos[0]))
+def _spread_frames(columns: dict[str, list], videos: list[list], count: int) -> dict[str, list]:
+    """Columns with a row per chosen frame, `count` of each video."""
     spread = {name: [value for value in values for _ in range(count)] for name, values in columns.items()}
     chosen = [round(i * (len(videos[0]) - 1) / max(1, count - 1)) for i in range(count)]
     spread["images"] = spread["completions"] = [video[i] for video in videos for i in chosen]
     return spread
 
 
-def _by_sample(scores: list[float], n: int) -> torch.Tensor:
-    """Means `(n,)` over the frames of each sample; NaN where there is none for one of them."""
-    return torch.tensor(scores, dtype=torch.float64).unflatten(0, (n, -1)).mean(1)
-
-
 def is_async(function: Callable) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _as_scores(result, name: str, expected: int) -> list[float]:
+def _as_scores(result, name: str, expected: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores `(expected,)`, float64, and where there should be one that is none."""
     if isinstance(result, torch.Tensor):
         result = result.detach().flatten().tolist()
     try:
@@ -209,11 +285,12 @@ def _as_scores(result, name: str, expected: int) -> list[float]:
     for value in result:
         try:
             # float("0.5") works, but a reward that returns text is a mistake.
-            value = math.nan if value is None else float(None if isinstance(value, (str, bytes)) else value)
+            scores.append(math.nan if value is None else float(None if isinstance(value, (str, bytes)) else value))
         except (TypeError, ValueError):
             raise ValueError(
                 f"Reward {name!r} returned {value!r} ({type(value).__name__}): expected numbers or None."
             ) from None
-        # An infinite reward would make the whole group's advantages NaN.
-        scores.append(value if math.isfinite(value) else math.nan)
-    return scores
+    # An infinite reward would make the whole group's advantages NaN.
+    scores = [score if math.isfinite(score) else math.nan for score in scores]
+    failed = [math.isnan(score) and value is not None for score, value in zip(scores, result, strict=True)]
+    return torch.tensor(scores, dtype=torch.float64), torch.tensor(failed, dtype=torch.bool)

@@ -33,8 +33,6 @@ class FlowScriptArguments:
             float32 whatever this is.
         quantization (`str`, *optional*):
             Stores the denoiser's frozen weights in fewer bits: `"int8"` (torchao) or `"nf4"` (bitsandbytes, on a GPU).
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that the pipeline's repository brings along.
         lora_r (`int`, *optional*):
             Rank of the adapter. By default that of the pipeline's family, mostly 32.
         lora_alpha (`int`, *optional*):
@@ -44,8 +42,8 @@ class FlowScriptArguments:
         lora_target_modules (`list[str]`, *optional*):
             Names of the layers to adapt. By default those that suit the pipeline's family.
         reward_funcs (`list[str]`, *optional*):
-            Rewards to train on: names known to [`load_reward`], or dotted import paths. By default
-            `shapes` when the model is `shapes`.
+            Rewards to train on, as [`load_reward`] takes them: names, JSON with settings, Hub repositories, servers, dotted
+            import paths. By default `shapes` when the model is `shapes`.
         eval_reward_funcs (`list[str]`, *optional*):
             Rewards that are measured at evaluation and never trained on.
         on_reward_hacking (`str`, *optional*):
@@ -70,7 +68,6 @@ class FlowScriptArguments:
             "model_revision",
             "dtype",
             "quantization",
-            "trust_remote_code",
             "lora_r",
             "lora_alpha",
             "lora_target_modules",
@@ -111,10 +108,6 @@ class FlowScriptArguments:
             "choices": ["int8", "nf4"],
         },
     )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Whether to run code that the pipeline's repository brings along."},
-    )
     lora_r: int | None = field(
         default=None,
         metadata={"help": "Rank of the adapter. By default that of the pipeline's family, mostly 32."},
@@ -136,8 +129,9 @@ class FlowScriptArguments:
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Rewards to train on: names known to `load_reward`, or dotted import paths. By "
-            "default `shapes` when the model is `shapes`."
+            "help": 'Rewards to train on: names (`trl-flow rewards list`), names with settings as JSON (\'{"ocr": {"match": '
+            '"paper"}}\'), Hub repositories (user/repo@revision), servers (http://host:port), evaluate:user/space, '
+            "openai:MODEL@http://host/v1, or dotted import paths. By default `shapes` when the model is `shapes`."
         },
     )
     eval_reward_funcs: list[str] | None = field(

@@ -310,7 +310,7 @@ def model_init_kwargs(script_args: FlowScriptArguments, training_args: Any) -> d
     loading = {"dtype": getattr(torch, script_args.dtype)}
     if script_args.model_revision is not None:
         loading["revision"] = script_args.model_revision
-    if script_args.trust_remote_code:
+    if training_args.trust_remote_code:
         loading["trust_remote_code"] = True
     if script_args.quantization is not None:
         loading["quantization_config"] = quantization_config(script_args)

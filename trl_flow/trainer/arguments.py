@@ -26,7 +26,9 @@ from ..prompts import PROMPT_SETS, load_prompts
 from ..rewards import load_reward, reward_name
 
 
-def load_rewards(rewards, taken: list[str] = ()) -> tuple[list[str], list[Callable]]:
+def load_rewards(
+    rewards, taken: list[str] = (), trust_remote_code: bool | None = None
+) -> tuple[list[str], list[Callable]]:
     """Names and functions of the rewards. Names differ from each other and from those `taken`."""
     rewards = rewards if isinstance(rewards, (list, tuple)) else [rewards]
     names = []
@@ -34,7 +36,19 @@ def load_rewards(rewards, taken: list[str] = ()) -> tuple[list[str], list[Callab
         name = reward_name(reward)
         candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
         names.append(next(candidate for candidate in candidates if candidate not in {*names, *taken}))
-    return names, [load_reward(reward) for reward in rewards]
+    return names, [load_reward(reward, trust_remote_code=trust_remote_code) for reward in rewards]
+
+
+def check_reward_columns(rewards: list[Callable], names: list[str], dataset: Dataset, argument: str):
+    """Refuses a dataset that lacks what a reward scores by."""
+    for reward, name in zip(rewards, names, strict=True):
+        missing = [column for column in getattr(reward, "requires", ()) if column not in dataset.column_names]
+        if missing:
+            own = getattr(reward, "prompt_set", None)
+            advice = f" load_prompts({own!r}) has them." if own else ""
+            raise ValueError(
+                f"{argument} has the columns {dataset.column_names}: the reward {name!r} needs {', '.join(missing)} too.{advice}"
+            )
 
 
 def own_prompts(reward: Callable, name: str) -> Dataset:
@@ -42,7 +56,7 @@ def own_prompts(reward: Callable, name: str) -> Dataset:
     if prompt_set is None:
         raise ValueError(
             f"train_dataset is None, and the reward {name!r} names no prompt set of its own. Give a dataset with a "
-            f"'prompt' column, or load_prompts(...) of one of these: {', '.join(PROMPT_SETS)}."
+            f"'prompt' column, or the name of one of these: {', '.join(PROMPT_SETS)}."
         )
     return load_prompts(prompt_set)
 

@@ -24,6 +24,7 @@ from PIL import Image
 
 from ..credit import combine_rewards
 from ..rollout import Plan, execute, seeded_noise
+from .rollouts import means_by_tag
 
 
 SAMPLES_FOLDER = "samples"
@@ -52,7 +53,8 @@ class EvaluationMixin:
 
         Returns:
             `dict[str, float]`: `eval_reward` (the weighted sum that is trained), mean and standard deviation of each
-            reward as `eval_rewards/<name>/mean` and `/std`, and `eval_num_samples`.
+            reward as `eval_rewards/<name>/mean` and `/std`, its mean over the prompts of each tag as
+            `eval_tags/<tag>/<name>` where the dataset has a column `tag`, and `eval_num_samples`.
         """
         args = self.args
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -64,7 +66,7 @@ class EvaluationMixin:
         )
         funcs, names = self.reward_funcs + self.eval_reward_funcs, self.reward_names + self.eval_reward_names
         mine = range(args.process_index, len(dataset), args.world_size)
-        scores, images = [], {}
+        scoring, images = [], {}
         self.model.eval()
         self._metrics["eval"].clear()
         with self.averaged_weights(), self.policy.guided(args.eval_guidance_scale):
@@ -86,13 +88,14 @@ class EvaluationMixin:
                     initial_scale=self.policy.initial_scale(sigmas),
                 )
                 pictures = self.decode(rollout.leaves[:, 0], conditioning)
-                scores.append(self.calculate_rewards(funcs, names, rows, pictures))
+                scoring.append(self.start_rewards(funcs, names, rows, pictures))
                 images |= {n: p for n, p in zip(numbers, pictures, strict=True) if n < args.num_logged_images}
                 self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
 
         local = torch.full((math.ceil(len(dataset) / args.world_size), len(names)), math.nan, dtype=torch.float64)
-        if scores:
-            local[: len(mine)] = torch.cat(scores)
+        if scoring:
+            local[: len(mine)] = torch.cat([wait()[0] for wait in scoring])
+        self.release_rewards(funcs)
         # Ranks took the rows in turn: interleave them again.
         ranks = self._gather(local).unflatten(0, (args.world_size, -1))
         scores = ranks.transpose(0, 1).flatten(0, 1)[: len(dataset)]
@@ -101,7 +104,7 @@ class EvaluationMixin:
 
         trained = combine_rewards(scores[None, :, : len(self.reward_funcs)], self.reward_weights)[0]
         metrics = {
-            f"{metric_key_prefix}_reward": trained.nanmean().item(),
+            f"{metric_key_prefix}_reward": None if trained.isnan().all() else trained.nanmean().item(),
             f"{metric_key_prefix}_num_samples": len(dataset),
         }
         for name, column in zip(names, scores.unbind(1), strict=True):
@@ -110,6 +113,9 @@ class EvaluationMixin:
             metrics[f"{metric_key_prefix}_rewards/{name}/std"] = known.std().item() if len(known) > 1 else None
             if len(known) < len(column):
                 metrics[f"{metric_key_prefix}_rewards/{name}/missing"] = len(column) - len(known)
+            if "tag" in dataset.column_names:
+                means = means_by_tag(dataset["tag"][:], column)
+                metrics |= {f"{metric_key_prefix}_tags/{tag}/{name}": mean for tag, mean in means.items()}
         metrics |= self.averaged_metrics("eval", f"{metric_key_prefix}_")
         self.log(metrics)
         known = set(metrics)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from trl.trainer.base_config import _BaseConfig
 
+from ..credit import AGGREGATIONS
 from ..objective import KL_TYPES, OBJECTIVES, STEP_WEIGHTINGS
 from ..rollout import DYNAMICS
 
@@ -103,7 +104,13 @@ class FlowGRPOConfig(_BaseConfig):
             Weight of each reward function. Defaults to 1 each.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
             `"sum_then_normalize"` normalises the weighted sum of the rewards, `"normalize_then_sum"` sums the
-            advantages of each.
+            advantages of each, `"gdpo"` normalises that sum again, over the batch.
+        max_nan_fraction (`float`, *optional*, defaults to `0.1`):
+            Largest fraction of a rollout's samples that may be left out because a reward function failed; above, the run
+            stops. Samples to which a function does not apply (`None`) don't count.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Consent to run code of others: that of a reward function from the Hub or a directory, and on the command line
+            that of the pipeline's repository.
         scale_rewards (`str`, *optional*, defaults to `"group"`):
             Standard deviation that divides: of the `"group"`, of the `"batch"`, or `"none"`.
         advantage_clip (`float`, *optional*, defaults to `5.0`):
@@ -263,8 +270,23 @@ class FlowGRPOConfig(_BaseConfig):
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
         metadata={
-            "help": "Normalise the weighted sum of the rewards, or sum the advantages of each.",
-            "choices": ["sum_then_normalize", "normalize_then_sum"],
+            "help": "Normalise the weighted sum of the rewards, or sum the advantages of each, or (`gdpo`) normalise that "
+            "sum again over the batch.",
+            "choices": list(AGGREGATIONS),
+        },
+    )
+    max_nan_fraction: float = field(
+        default=0.1,
+        metadata={
+            "help": "Largest fraction of a rollout's samples that may be left out because a reward function failed; above, "
+            "the run stops."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Consent to run code of others: that of a reward function from the Hub or a directory, and that of the "
+            "pipeline's repository."
         },
     )
     scale_rewards: str = field(
@@ -390,11 +412,9 @@ class FlowGRPOConfig(_BaseConfig):
                 "to objective='dppo'."
             )
         _check_choice("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
-        _check_choice(
-            "multi_objective_aggregation",
-            self.multi_objective_aggregation,
-            ("sum_then_normalize", "normalize_then_sum"),
-        )
+        _check_choice("multi_objective_aggregation", self.multi_objective_aggregation, AGGREGATIONS)
+        if not 0 <= self.max_nan_fraction <= 1:
+            raise ValueError(f"max_nan_fraction={self.max_nan_fraction}: expected a fraction, 0 to 1.")
         if isinstance(self.generation_kwargs, str):
             try:
                 self.generation_kwargs = json.loads(self.generation_kwargs)

@@ -46,8 +46,16 @@ from ..objective import (
 from ..policy import FlowPolicy, default_call_arguments, load_pipeline
 from ..policy.doctor import Diagnosis, Untrainable, examine_policy
 from ..report import ProgressLine, write_report
+from ..rewards import RewardThreads
 from ..rollout import Plan, Rollout, chain_plan, coefficients, log_prob, transition
-from .arguments import check_dataset, check_images, check_precision, load_rewards, own_prompts
+from .arguments import (
+    check_dataset,
+    check_images,
+    check_precision,
+    check_reward_columns,
+    load_rewards,
+    own_prompts,
+)
 from .evaluation import EvaluationMixin
 from .flow_grpo_config import FlowGRPOConfig
 from .noise_table import load_noise_table
@@ -58,7 +66,7 @@ from .transitions import TransitionChunk
 from .updates import UpdateMixin
 
 
-RewardFunc = str | Callable[..., list[float | None]]
+RewardFunc = str | dict | Callable[..., list[float | None]]
 
 
 logger = get_logger(__name__)
@@ -76,8 +84,8 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             Id of a pipeline on the Hub, a directory, `"shapes"` (the embedded one), or a pipeline.
-        reward_funcs (`str`, `Callable` or a list of these):
-            What is maximised; see [`load_reward`].
+        reward_funcs (`str`, `dict`, `Callable` or a list of these):
+            What is maximised; [`load_reward`] says what may stand here.
         args ([`FlowGRPOConfig`], *optional*):
             Settings. Any [`FlowGRPOConfig`] works in any trainer; a method's own fields then take the paper's values.
         train_dataset ([`~datasets.Dataset`], *optional*):
@@ -85,7 +93,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             reward function names as its own.
         eval_dataset ([`~datasets.Dataset`], *optional*):
             Held-out prompts.
-        eval_reward_funcs (`str`, `Callable` or a list of these, *optional*):
+        eval_reward_funcs (`str`, `dict`, `Callable` or a list of these, *optional*):
             Scores that are watched on the held-out prompts and never trained on.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             Additional callbacks.
@@ -140,10 +148,18 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         self.args = args = copy.copy(self._config_class.from_config(args))
 
         # Rewards
-        self.reward_names, self.reward_funcs = load_rewards(reward_funcs)
+        self.reward_names, self.reward_funcs = load_rewards(reward_funcs, (), args.trust_remote_code)
         if not self.reward_funcs:
             raise ValueError("reward_funcs is empty: expected at least one reward function or name.")
-        self.eval_reward_names, self.eval_reward_funcs = load_rewards(eval_reward_funcs or [], self.reward_names)
+        self.eval_reward_names, self.eval_reward_funcs = load_rewards(
+            eval_reward_funcs or [], self.reward_names, args.trust_remote_code
+        )
+        for reward, name in zip(self.eval_reward_funcs, self.eval_reward_names, strict=True):
+            if getattr(reward, "scope", "sample") == "group":
+                raise ValueError(
+                    f"eval_reward_funcs holds {name!r}, which compares the pictures of a group: an evaluation makes one "
+                    "picture per prompt. Leave it out."
+                )
         weights = [1.0] * len(self.reward_funcs) if args.reward_weights is None else args.reward_weights
         if len(weights) != len(self.reward_funcs):
             raise ValueError(
@@ -160,6 +176,9 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             args.eval_on_start = False
         else:
             check_dataset(eval_dataset, "eval_dataset")
+            check_reward_columns(self.eval_reward_funcs, self.eval_reward_names, eval_dataset, "eval_dataset")
+            check_reward_columns(self.reward_funcs, self.reward_names, eval_dataset, "eval_dataset")
+        check_reward_columns(self.reward_funcs, self.reward_names, train_dataset, "train_dataset")
 
         # Method
         self.sde_steps = sorted(args.sde_steps) if args.sde_steps is not None else self.default_sde_steps()
@@ -248,6 +267,8 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         self._extra_columns = defaultdict(list)
         self._saving_checkpoint = False
         self._last_reward_error = None
+        self._reward_threads = RewardThreads()
+        self._prepared_rewards = []
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._step = 0
         self._buffered_inputs = None

@@ -14,6 +14,7 @@
 
 """Rollouts: sampling, decoding, scoring and crediting one batch of prompts."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,8 +25,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ..credit import assign_credit, combine_rewards
-from ..rewards import NothingToLearnError, check_rewards, score
+from ..credit import assign_credit, combine_rewards, compared_leaves
+from ..rewards import NothingToLearnError, check_rewards, start_scoring
 from ..rollout import execute, seeded_noise
 from .transitions import select_transitions
 
@@ -62,7 +63,11 @@ class RolloutMixin:
         # As many prompts at once as fill a forward: few large batches instead of many small ones.
         prompts_per_sweep = max(1, args.rollout_batch_size // plan.width)
         times = dict.fromkeys(("rollout", "decode", "reward"), 0.0)
-        nodes, scores, observed = [], [], []
+        nodes, scoring, observed = [], [], []
+        leaf_position = {node: position for position, node in enumerate(plan.leaves)}
+        edges = [plan.transitions[step] for step in plan.steps]
+        leaves = torch.tensor([[[leaf_position[leaf] for leaf in e.leaves] for e in group] for group in edges])
+        compared = compared_leaves(leaves, len(plan.leaves))
         seen = defaultdict(int)
         keys = []
         for prompt in prompts:
@@ -94,36 +99,37 @@ class RolloutMixin:
                     rollout.leaves.flatten(0, 1), [condition for condition in conditioning for _ in plan.leaves]
                 )
             with timed(times, "reward"):
-                values = self.calculate_rewards(
-                    self.reward_funcs, self.reward_names, [row for row in rows[part] for _ in plan.leaves], pictures
+                # Rewards with a thread of their own go on while the next prompts are sampled.
+                scoring.append(
+                    self.start_rewards(
+                        self.reward_funcs,
+                        self.reward_names,
+                        [row for row in rows[part] for _ in plan.leaves],
+                        pictures,
+                        [(prompt, number) for prompt in range(len(conditioning)) for number in compared],
+                    )
                 )
-            scores.append(values.unflatten(0, (len(conditioning), len(plan.leaves))))
-        rewards = torch.cat(scores)  # (B, L, R)
-        # Counted over all processes: one of them alone must not leave the others waiting.
-        used = rewards[..., self.reward_weights != 0]
-        if self._gather((~used.isnan()).sum()[None]).sum() == 0:
-            raise NothingToLearnError(
-                f"None of the reward functions ({', '.join(self.reward_names)}) has a score for any of the "
-                f"{rewards.shape[0] * rewards.shape[1]} pictures of step {self.state.global_step}: there is nothing to "
-                "learn from."
-            ) from self._last_reward_error
-
-        leaf_position = {node: position for position, node in enumerate(plan.leaves)}
-        edges = [plan.transitions[step] for step in plan.steps]
-        leaves = torch.tensor([[[leaf_position[leaf] for leaf in e.leaves] for e in group] for group in edges])
+        with timed(times, "reward"):
+            parts = [wait() for wait in scoring]
+            self.release_rewards(self.reward_funcs)
+        rewards, failed = (
+            torch.cat([part[i] for part in parts]).unflatten(0, (len(rows), len(plan.leaves))) for i in (0, 1)
+        )  # (B, L, R)
+        spoiled = self._check_failures(rewards, failed)
         advantages, mask = assign_credit(
-            rewards,
+            # What a function that failed would have said is not known: the sample is out, whatever the others say.
+            rewards.masked_fill(spoiled[..., None], math.nan),
             self.reward_weights,
             leaves,
             self.credit,
             args.multi_objective_aggregation,
-            self._gather if args.scale_rewards == "batch" else None,
+            self._gather,
             scale=args.scale_rewards,
             **self._normalization,
         )
         advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
         advantages = self.redistribute(advantages, mask, None if observed[0] is None else torch.cat(observed).cpu())
-        self._log_rollout(rewards, leaves, advantages, mask, plan, times)
+        self._log_rollout(rewards, leaves, advantages, mask, plan, times, [row.get("tag") for row in rows])
 
         position = {node: number for number, node in enumerate(rollout.nodes)}
         everything = {
@@ -152,6 +158,36 @@ class RolloutMixin:
                 micro_batch["old"] = self.old_statistics(micro_batch)
         return micro_batches
 
+    def _check_failures(self, rewards: torch.Tensor, failed: torch.Tensor) -> torch.Tensor:
+        """
+        The samples `(B, L)` that a reward function failed to score, from scores and failures `(B, L, R)`.
+
+        Raises:
+            NothingToLearnError: If no sample has a score.
+            ValueError: If more than `max_nan_fraction` of them have been failed.
+        """
+        used = self.reward_weights != 0
+        spoiled = failed[..., used].any(-1)
+        # Counted over all processes: one of them alone must not leave the others waiting.
+        num_known = int((~rewards[..., used].isnan()).sum())
+        counts = torch.tensor([num_known, int(spoiled.sum()), spoiled.numel()])
+        num_known, num_spoiled, count = self._gather(counts).view(-1, 3).sum(0).tolist()
+        names = ", ".join(self.reward_names)
+        if num_known == 0:
+            raise NothingToLearnError(
+                f"None of the reward functions ({names}) has a score for any of the {spoiled.numel()} pictures of step "
+                f"{self.state.global_step}: there is nothing to learn from."
+            ) from self._last_reward_error
+        if num_spoiled > self.args.max_nan_fraction * count:
+            shares = failed.flatten(0, 1).double().mean(0).tolist()
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(self.reward_names, shares, strict=True))
+            raise ValueError(
+                f"Reward functions failed for {num_spoiled} of the {count} pictures of step {self.state.global_step} "
+                f"({shares}), more than max_nan_fraction={self.args.max_nan_fraction}. Mend them and go on from the last "
+                "checkpoint (resume_from_checkpoint=True), or allow more."
+            ) from self._last_reward_error
+        return spoiled
+
     def decode(self, latents: torch.Tensor, conditioning: list) -> list:
         """PIL pictures of clean latents `(n, *latent)`; of videos, lists of their frames."""
         decoded = self.policy.decode(latents, self.args.rollout_batch_size, conditioning)
@@ -172,24 +208,53 @@ class RolloutMixin:
             log_metric=lambda name, value: None,
         )
 
-    def calculate_rewards(self, reward_funcs, reward_names, rows: list[dict], images: list) -> torch.Tensor:
-        """Scores of shape `(n, R)`, float64 on the CPU; NaN where there is none."""
-        scores, errors = score(
+    def start_rewards(
+        self, reward_funcs, reward_names, rows: list[dict], images: list, groups: list | None = None
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Begins to score pictures, one for each row; `groups` says which are compared with each other.
+
+        Returns:
+            `Callable`: Waits for the scores `(n, R)`, float64 on the CPU, NaN where there is none, and for where they are
+            missing because a function failed.
+        """
+        for function in reward_funcs:
+            if hasattr(function, "prepare") and not any(function is known for known in self._prepared_rewards):
+                function.prepare(self.accelerator.device)
+                self._prepared_rewards.append(function)
+        collect = start_scoring(
+            self._reward_threads,
             reward_funcs,
             reward_names,
             [row["prompt"] for row in rows],
             images,
             {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
+            range(len(rows)) if groups is None else groups,
             trainer_state=self.state,
             log_extra=self._log_extra,
             log_metric=self._log_metric,
         )
-        mode = "train" if self.model.training else "eval"
-        for name, raised in errors.items():
-            self._metrics[mode][f"rewards/{name}/failed"].append(len(raised) / len(images))
-            if raised:
-                self._last_reward_error = raised[0]
-        return scores
+
+        def wait() -> tuple[torch.Tensor, torch.Tensor]:
+            values, failed, errors = collect()
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            for name, column in zip(reward_names, failed.unbind(1), strict=True):
+                metrics[f"rewards/{name}/failed"].append(column.double().mean().item())
+                if errors[name]:
+                    self._last_reward_error = errors[name][0]
+            return values, failed
+
+        return wait
+
+    def calculate_rewards(self, reward_funcs, reward_names, rows: list[dict], images: list) -> torch.Tensor:
+        """Scores of shape `(n, R)`, float64 on the CPU; NaN where there is none."""
+        return self.start_rewards(reward_funcs, reward_names, rows, images)()[0]
+
+    def release_rewards(self, reward_funcs):
+        """Lets the reward functions free what they need only while they score."""
+        for function in reward_funcs:
+            if hasattr(function, "release"):
+                function.release()
 
     def _log_extra(self, column: str, values: list):
         """`log_extra` of TRL's reward functions: a column that is written beside the held-out scores."""
@@ -203,7 +268,7 @@ class RolloutMixin:
     def _gather(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
 
-    def _log_rollout(self, rewards, leaves, advantages, mask, plan, times):
+    def _log_rollout(self, rewards, leaves, advantages, mask, plan, times, tags):
         metrics = self._metrics["train"]
         total = combine_rewards(rewards, self.reward_weights)
         metrics["reward"].append(_nanmean(total))
@@ -211,6 +276,8 @@ class RolloutMixin:
         for r, name in enumerate(self.reward_names):
             metrics[f"rewards/{name}/mean"].append(_nanmean(rewards[..., r]))
             metrics[f"rewards/{name}/std"].append(_nanstd(rewards[..., r], dim=1))
+            for tag, mean in means_by_tag(tags, rewards[..., r]).items():
+                metrics[f"tags/{tag}/{name}"].append(mean)
         metrics["frac_reward_nan"].append(rewards.isnan().double().mean().item())
         metrics["frac_reward_zero_std"].append((~mask.any(-1)).double().mean().item())
         metrics["advantages/mean"].append(advantages.mean().item())
@@ -225,6 +292,16 @@ class RolloutMixin:
 
 def _to_pil(images: torch.Tensor) -> list:
     return DiffusionPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
+
+
+def means_by_tag(tags: list[str | None], scores: torch.Tensor) -> dict[str, float]:
+    """Mean score of the prompts of each tag, from the scores `(B, ...)` of B prompts; a tag without a score is left out."""
+    means = {}
+    for tag in dict.fromkeys(tag for tag in tags if isinstance(tag, str)):
+        mean = _nanmean(scores[[number for number, own in enumerate(tags) if own == tag]])
+        if not math.isnan(mean):
+            means[tag] = mean
+    return means
 
 
 def _nanmean(values: torch.Tensor) -> float:

@@ -51,12 +51,37 @@ class SavingMixin:
                 f"resume_from_checkpoint={checkpoint}: it holds no {state.name}, so it is not a checkpoint of this "
                 "library, or was made with fewer processes or with save_only_model=True."
             )
-        method = torch.load(state, weights_only=True, map_location="cpu")["method"]
+        found = torch.load(state, weights_only=True, map_location="cpu")
+        method, sources = found["method"], found.get("reward_sources", {})
         if method != self._name:
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint} is a checkpoint of {method}, but this trainer is "
                 f"{self._name}. Resume it with its own trainer."
             )
+
+        changed = [
+            name
+            for name in sources
+            if name in self.reward_sources
+            and sources[name].get("revision") != self.reward_sources[name].get("revision")
+        ]
+        if changed:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint}: "
+                + "; ".join(
+                    f"the reward {name!r} was {sources[name]} and is {self.reward_sources[name]} now"
+                    for name in changed
+                )
+                + ". Name the revision that the run began with: 'user/repo@commit'."
+            )
+
+    @property
+    def reward_sources(self) -> dict[str, dict[str, str]]:
+        """Where each reward comes from that is more than a name: a repository and its commit, a model, an endpoint."""
+        functions = zip(
+            self.reward_names + self.eval_reward_names, self.reward_funcs + self.eval_reward_funcs, strict=True
+        )
+        return {name: dict(source) for name, function in functions if (source := getattr(function, "source", None))}
 
     def write_run_file(self):
         """Marks `output_dir` as taken by this run."""
@@ -66,6 +91,7 @@ class SavingMixin:
                 "base_model": self.base_model,
                 "rewards": self.reward_names,
                 "eval_rewards": self.eval_reward_names,
+                "reward_sources": self.reward_sources,
             }
             file = Path(self.args.output_dir) / RUN_FILE
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +135,7 @@ class SavingMixin:
         if os.path.isdir(folder) and not self.args.save_only_model:
             state = {
                 "method": self._name,
+                "reward_sources": self.reward_sources,
                 "step": self._step,
                 "nfe": self._nfe,
                 "rows_trained": self._rows_trained,
@@ -183,6 +210,7 @@ class SavingMixin:
             datasets=dataset_name,
             reward_names=self.reward_names,
             eval_reward_names=self.eval_reward_names,
+            reward_sources=self.reward_sources,
             metrics={
                 when: {
                     name: {

@@ -1,0 +1,280 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""How a trainer calls its rewards: in threads, in groups, by tag, and what it writes down of them."""
+
+import asyncio
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from pipelines import brightness, prompts, redness
+
+from trl_flow import DenseGRPOConfig, DenseGRPOTrainer, G2RPOConfig, G2RPOTrainer
+from trl_flow.rewards import Reward
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+class Concurrent(Reward):
+    """A reward with a thread of its own."""
+
+    concurrent = True
+
+    def __init__(self, function=brightness):
+        self.function, self.threads, self.prepared, self.released = function, set(), [], 0
+
+    def prepare(self, device):
+        self.prepared.append(device)
+
+    def release(self):
+        self.released += 1
+
+    def __call__(self, prompts, images, **kwargs):
+        self.threads.add(threading.current_thread().name)
+        return self.function(images)
+
+
+def test_concurrent_rewards_change_nothing_but_when(make_trainer):
+    """Bit-equal training, whether rewards run in the sampling thread, in one of their own, or as coroutines."""
+
+    async def waiting(images, **kwargs):
+        await asyncio.sleep(0)
+        return redness(images)
+
+    def run(first, second):
+        trainer = make_trainer(
+            DenseGRPOTrainer,
+            DenseGRPOConfig,
+            reward_funcs=[first, second],
+            max_steps=2,
+            per_device_train_batch_size=3,
+            rollout_batch_size=10,
+            output_dir=str(make_trainer.directory / type(first).__name__),
+        )
+        trainer.train()
+        weights = torch.cat([p.detach().flatten() for p in trainer.policy.parameters() if p.requires_grad])
+        return weights, logged(trainer, "reward")
+
+    concurrent = Concurrent()
+    weights, rewards = run(brightness, redness)
+    other_weights, other_rewards = run(concurrent, waiting)
+    assert torch.equal(weights, other_weights) and rewards == other_rewards
+    assert threading.main_thread().name not in concurrent.threads
+    assert concurrent.prepared == [torch.device("cpu")] and concurrent.released == 2
+
+
+def test_the_next_prompts_are_sampled_while_rewards_run(make_trainer):
+    """The reward of the first prompts waits until the last prompts have been decoded."""
+    all_decoded = threading.Event()
+
+    def patient(images):
+        if len(images) > 2 or not first_check:
+            assert all_decoded.wait(60)
+        first_check.clear()
+        return brightness(images)
+
+    first_check = [True]
+    trainer = make_trainer(
+        reward_funcs=Concurrent(patient), per_device_train_batch_size=4, rollout_batch_size=3, max_steps=1
+    )
+    decode, decoded = trainer.decode, []
+
+    def counted(latents, conditioning):
+        pictures = decode(latents, conditioning)
+        decoded.append(len(pictures))
+        if len(decoded) == 4:
+            all_decoded.set()
+        return pictures
+
+    trainer.decode = counted
+    trainer.train()
+    assert decoded == [3, 3, 3, 3]
+    assert logged(trainer, "rewards/Concurrent/failed") == [0.0]
+
+
+class Rank(Reward):
+    """The share of the group that a picture is brighter than."""
+
+    scope = "group"
+
+    def __init__(self):
+        self.groups = []
+
+    def __call__(self, prompts, images, **kwargs):
+        if len(images) < 2:
+            return [None] * len(images)
+        self.groups.append((prompts[0], len(images)))
+        assert len(set(prompts)) == 1
+        values = np.array(brightness(images))
+        return ((values[:, None] > values).sum(1) / (len(values) - 1)).tolist()
+
+
+@pytest.mark.parametrize(
+    "method, sets",
+    [
+        ((), [4]),  # the four pictures that the chains lead to
+        # The tails from every latent of the chains; at the last step but one a chain's own end is its tail.
+        ((DenseGRPOTrainer, DenseGRPOConfig), [4] * 4),
+        # Of two branch points, each stride's.
+        ((G2RPOTrainer, G2RPOConfig), [4] * 4),
+    ],
+    ids=["flow-grpo", "dense-grpo", "g2rpo"],
+)
+def test_rewards_of_scope_group_get_those_that_are_compared(make_trainer, method, sets):
+    rank = Rank()
+    settings = {"granularities": [1, 2], "sde_steps": [0, 1]} if G2RPOTrainer in method else {}
+    trainer = make_trainer(
+        *method,
+        reward_funcs=rank,
+        num_generations=4,
+        per_device_train_batch_size=2,
+        max_steps=1,
+        eval_dataset=prompts(2),
+        **settings,
+    )
+    trainer.train()
+    check, groups = rank.groups[:2], rank.groups[2:]
+    assert [size for _, size in check] == [2, 2]
+    assert len(groups) == 2 * len(sets)
+    for prompt in {prompt for prompt, _ in groups}:
+        assert [size for own, size in groups if own == prompt] == sets
+    assert logged(trainer, "grad_norm")[0] > 0
+    evaluation = [entry for entry in trainer.state.log_history if "eval_reward" in entry][-1]
+    assert evaluation["eval_reward"] is None and evaluation["eval_rewards/Rank/missing"] == 2
+    with pytest.raises(ValueError, match="eval_reward_funcs holds 'Rank', which compares the pictures of a group"):
+        make_trainer(eval_reward_funcs=rank)
+
+
+def test_a_sample_that_one_reward_failed_is_out_for_all(make_trainer):
+    """Whatever the others say of it: what the failed one would have said is not known."""
+
+    def broken(images, prompts, **kwargs):
+        return [float("nan") if "square" in prompt else 1.0 * k for k, prompt in enumerate(prompts)]
+
+    def indifferent(images, prompts, **kwargs):
+        return [None if "square" in prompt else 1.0 * k for k, prompt in enumerate(prompts)]
+
+    trained = {}
+    for reward in (broken, indifferent):
+        trainer = make_trainer(
+            reward_funcs=[brightness, reward],
+            train_dataset=prompts(4),
+            per_device_train_batch_size=4,
+            max_nan_fraction=0.5,
+            output_dir=str(make_trainer.directory / reward.__name__),
+        )
+        trainer.train()
+        assert logged(trainer, f"rewards/{reward.__name__}/failed") == [0.5 if reward is broken else 0.0]
+        for micro_batch in trainer._buffered_inputs:
+            for prompt, advantages in zip(micro_batch["prompts"], micro_batch["advantages"], strict=True):
+                trained[reward.__name__, "square" in prompt] = advantages.any().item()
+    assert trained == {
+        ("broken", False): True,
+        ("broken", True): False,
+        ("indifferent", False): True,
+        ("indifferent", True): True,  # it does not apply to squares: they are compared by their brightness
+    }
+
+
+def test_too_many_failures_stop_the_run(make_trainer):
+    calls = []
+
+    def failing(images, prompts, **kwargs):
+        calls.append(1)
+        if len(calls) > 2 and any("square" in prompt for prompt in prompts):
+            raise ConnectionError("no answer")
+        return brightness(images)
+
+    trainer = make_trainer(
+        reward_funcs=[failing, redness], train_dataset=prompts(2), per_device_train_batch_size=2, max_steps=4
+    )
+    message = (
+        r"Reward functions failed for 3 of the 6 pictures of step 1 \(failing 50%, redness 0%\), more than "
+        r"max_nan_fraction=0.1. Mend them and go on from the last checkpoint"
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        trainer.train()
+    assert isinstance(caught.value.__cause__, ConnectionError)
+    assert trainer.state.global_step == 1
+
+
+def test_means_by_tag(make_trainer):
+    def share(images, tag, **kwargs):
+        return [{"circle": 0.25, "square": 0.75}[value] for value in tag]
+
+    dataset = prompts(4).map(lambda row: {"tag": row["prompt"].split()[-1]})
+    trainer = make_trainer(
+        reward_funcs=[brightness, share], train_dataset=dataset, eval_dataset=dataset, per_device_train_batch_size=4
+    )
+    trainer.train()
+    assert logged(trainer, "tags/circle/share") == [0.25] and logged(trainer, "tags/square/share") == [0.75]
+    evaluation = [entry for entry in trainer.state.log_history if "eval_reward" in entry][-1]
+    assert (evaluation["eval_tags/circle/share"], evaluation["eval_tags/square/share"]) == (0.25, 0.75)
+    both = evaluation["eval_tags/circle/brightness"] + evaluation["eval_tags/square/brightness"]
+    assert both / 2 == pytest.approx(evaluation["eval_rewards/brightness/mean"])
+
+
+class FromHub(Reward):
+    def __init__(self, revision):
+        self.revision = revision
+
+    @property
+    def source(self):
+        return {"repository": "user/bright", "revision": self.revision}
+
+    def __call__(self, prompts, images, **kwargs):
+        return brightness(images)
+
+
+def test_where_a_reward_came_from_is_written_down_and_kept(make_trainer):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make_trainer(reward_funcs=[FromHub("a" * 40), redness], **settings).train()
+    run = make_trainer.directory / "run"
+    source = {"repository": "user/bright", "revision": "a" * 40}
+    assert json.loads((run / "run.json").read_text())["reward_sources"] == {"FromHub": source}
+    card = ModelCard.load(run / "README.md").text
+    link = f"[user/bright](https://huggingface.co/user/bright/tree/{'a' * 40})"
+    assert f"Rewards: `FromHub` (repository {link}, at `{'a' * 40}`), `redness`" in card
+
+    settings["max_steps"] = 2
+    with pytest.raises(ValueError, match=f"the reward 'FromHub' was .*{'a' * 40}.* and is .*{'b' * 40}.* now"):
+        make_trainer(reward_funcs=[FromHub("b" * 40), redness], **settings).train(resume_from_checkpoint=True)
+    trainer = make_trainer(reward_funcs=[FromHub("a" * 40), redness], **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+
+
+def test_columns_that_a_reward_needs(make_trainer):
+    class Needy(Reward):
+        requires = ("target",)
+        prompt_set = "shapes"
+
+        def __call__(self, prompts, images, target, **kwargs):
+            return brightness(images)
+
+    message = (
+        r"train_dataset has the columns \['prompt'\]: the reward 'Needy' needs target too. load_prompts\('shapes'\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_trainer(reward_funcs=Needy())
+    dataset = prompts(4).map(lambda row: {"target": "x"})
+    with pytest.raises(ValueError, match="eval_dataset has the columns"):
+        make_trainer(reward_funcs=Needy(), train_dataset=dataset, eval_dataset=prompts(2))
+    make_trainer(reward_funcs=Needy(), train_dataset=dataset, eval_dataset=dataset)
