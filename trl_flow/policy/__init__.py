@@ -14,8 +14,9 @@
 
 """Pipelines as policies."""
 
+from .arguments import with_area
 from .conditioning import Condition
 from .families import FAMILIES, PipelineFamily, find_family
-from .flow_policy import FlowPolicy, with_area
+from .flow_policy import FlowPolicy
 from .loading import default_call_arguments, find_record, load_pipeline
 from .schedulers import is_flow

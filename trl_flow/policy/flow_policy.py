@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -29,6 +28,7 @@ from PIL import Image
 from torch import nn
 from transformers.utils import logging
 
+from .arguments import resolve_arguments
 from .conditioning import LATENTS, Answers, Condition, find_layout, find_signature, image_key, recording
 from .diffusion import DDIMIdleScheduler, DDIMQueryScheduler, check_scheduler
 from .families import find_family
@@ -49,13 +49,6 @@ class PolicyConfig(dict):
 
     def to_json_string(self) -> str:
         return str(dict(self))
-
-
-def with_area(arguments: dict, parameters: Collection[str]) -> dict:
-    """Arguments of a pipeline's call, with the area to which it would otherwise enlarge the size that is asked for."""
-    if "max_area" in parameters and {"height", "width"} <= arguments.keys():
-        return {"max_area": arguments["height"] * arguments["width"], **arguments}
-    return arguments
 
 
 class FlowPolicy(nn.Module):
@@ -131,7 +124,9 @@ class FlowPolicy(nn.Module):
         }
         # None is a wish where it is written among the call's own arguments, and none where a setting is left out.
         given = {name: value for name, value in named.items() if value is not None}
-        self.call_arguments = self._resolve_arguments(given | (generation_kwargs or {}))
+        self.call_arguments = resolve_arguments(
+            pipeline, family, given | (generation_kwargs or {}), self.negative_prompt
+        )
 
         self.is_flow = is_flow(pipeline.scheduler) and not family.diffusion
         if self.is_flow:
@@ -180,48 +175,6 @@ class FlowPolicy(nn.Module):
             # A picture that the signature calls optional and the pipeline cannot do without.
             self.family = dataclasses.replace(family, image="required")
             self.latent_shape = self.blank().latent_shape
-
-    def _resolve_arguments(self, given: dict) -> dict:
-        """Arguments of every call, from what was given and the family's defaults."""
-        parameters = inspect.signature(self._call).parameters
-        name = type(self.pipeline).__name__
-        for argument, value in (*given.items(), ("negative_prompt", self.negative_prompt)):
-            if value is not None and argument not in parameters:
-                raise ValueError(f"{argument}={value!r}: the call of {name} has no such argument. Leave it unset.")
-        own = ("prompt", "image", "negative_prompt", "latents", "output_type", "return_dict", "sigmas", "timesteps")
-        for argument in (*own, "generator", "num_inference_steps", self.family.guidance):
-            if argument in given:
-                raise ValueError(f"generation_kwargs holds {argument!r}, which has a setting of its own.")
-        arguments = {
-            name: getattr(self.family, name) for name in ("height", "width", "num_frames") if name in parameters
-        }
-        own_size = getattr(self.pipeline, "default_sample_size", None)
-        if isinstance(own_size, int) and (arguments.get("height") or 0) > own_size * self.pipeline.vae_scale_factor:
-            arguments["height"] = arguments["width"] = None
-        arguments = {name: value for name, value in arguments.items() if value is not None} | given
-        arguments = with_area(arguments, parameters)
-        by_true_guidance = "true_cfg_scale" in parameters and self.family.guidance != "true_cfg_scale"
-        if by_true_guidance and self.negative_prompt is not None and arguments.get("true_cfg_scale", 1) <= 1:
-            raise ValueError(
-                f"negative_prompt={self.negative_prompt!r} has no effect in {name} without true_cfg_scale: its guidance_scale "
-                "is distilled into the model. Set generation_kwargs={'true_cfg_scale': ...} above 1, or leave it unset."
-            )
-        if arguments.get("true_cfg_scale", 1) > 1 and self.negative_prompt is None:
-            raise ValueError(
-                f"true_cfg_scale={arguments['true_cfg_scale']} has no effect in {name} without a negative prompt. Set "
-                "negative_prompt, be it to ''."
-            )
-        takes_picture_tokens = any(
-            getattr(getattr(self.pipeline, component).config, "image_dim", None)
-            for component in self.family.components
-            if getattr(self.pipeline, component, None) is not None
-        )
-        if takes_picture_tokens and arguments.get("max_sequence_length", 512) != 512:
-            raise ValueError(
-                f"max_sequence_length={arguments['max_sequence_length']}: the transformer of {name} tells text from picture by "
-                "512 text tokens. Leave it unset."
-            )
-        return arguments
 
     def _trainable(self, component: str, peft_config: PeftConfig | None) -> nn.Module:
         """The denoiser of one component with what is trained of it, in eval mode."""
