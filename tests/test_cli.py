@@ -32,6 +32,7 @@ from tiny import tiny_pipeline
 import trl_flow
 from trl_flow import FlowPolicy, cli
 from trl_flow.hub import save_policy
+from trl_flow.rewards import parse_reward, reward_name
 from trl_flow.scripts import launcher
 from trl_flow.scripts.arguments import FlowScriptArguments
 from trl_flow.scripts.generate import GenerateArguments, make_grid, run_config, sampling_arguments
@@ -427,6 +428,30 @@ class TestTrainingCommand:
         parser = make_training_parser("flow-grpo")
         _, again = parser.parse_args_and_config(["--config", str(write_config(config, "flow-grpo"))])
         assert again.ema_decay is None
+
+    def test_rewards_with_settings(self, tmp_path):
+        """In YAML as a mapping, on the command line as JSON; keys and tokens are not written down."""
+        config = tmp_path / "config.yaml"
+        rewards = ["shapes", {"ocr": {"match": "paper"}}, {"yes_no": {"model": "judge", "api_key": "sk-secret"}}]
+        config.write_text(yaml.safe_dump({"reward_funcs": rewards, "eval_reward_funcs": {"clip": None}}))
+        script_args, training_args = make_training_parser("flow-grpo").parse_args_and_config(
+            ["--config", str(config), "--output_dir", str(tmp_path), "--use_cpu"]
+        )
+        assert [parse_reward(reward) for reward in script_args.reward_funcs] == [
+            ("shapes", {}),
+            ("ocr", {"match": "paper"}),
+            ("yes_no", {"model": "judge", "api_key": "sk-secret"}),
+        ]
+        assert [reward_name(reward) for reward in script_args.eval_reward_funcs] == ["clip"]
+        written = resolved_config(script_args, training_args)
+        assert "secret" not in json.dumps(written)
+        assert written["reward_funcs"][:2] == ["shapes", '{"ocr": {"match": "paper"}}']
+        assert parse_reward(written["reward_funcs"][2]) == ("yes_no", {"model": "judge"})
+
+        again, _ = make_training_parser("flow-grpo").parse_args_and_config(
+            ["--output_dir", str(tmp_path), "--use_cpu", "--reward_funcs", *written["reward_funcs"]]
+        )
+        assert again.reward_funcs == written["reward_funcs"]
 
     @pytest.mark.parametrize(
         "path", sorted((ROOT / "examples").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"

@@ -58,7 +58,14 @@ __all__ = ["__version__", *_MODULES]
 def __getattr__(name):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    except Exception:
+        from .environment import check_torchvision
+
+        check_torchvision()  # a likely cause that the error does not name
+        raise
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

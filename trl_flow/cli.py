@@ -20,6 +20,7 @@ import os
 import sys
 
 from . import __version__
+from .environment import check_torchvision
 from .scripts.methods import METHODS
 
 
@@ -67,6 +68,8 @@ def format_help() -> str:
 
 def run(command: str, args: list[str]) -> int:
     """Run one command in this process, or a training command under `accelerate launch` where that is asked for."""
+    if command != "env" and not {"-h", "--help", "--help_all"} & set(args):
+        check_torchvision()
     if command not in METHODS:
         module = importlib.import_module(f"trl_flow.scripts.{command.replace('-', '_')}")
         return module.main(*module.make_parser(prog=f"trl-flow {command}").parse_args_and_config(args)) or 0

@@ -14,7 +14,7 @@
 
 """Reward functions: loading them by name, and calling them so that a failure costs its sample and not the run."""
 
-from .loading import REWARDS, RewardSpec, load_reward, parse_reward, reward_name
+from .loading import REWARDS, RewardSpec, load_reward, parse_reward, public_reward, reward_name
 from .reward import About, Reward, RewardUnavailableError, reward_settings
 from .scoring import (
     NothingToLearnError,

@@ -48,6 +48,8 @@ REWARDS = {
 
 RewardSpec = str | dict | Callable
 
+SECRETS = ("api_key", "token")
+
 _FORMS = (
     f"Expected a function, the name of a built-in reward ({', '.join(REWARDS)}), one with settings "
     "({'ocr': {'match': 'exact'}}), a Hub repository with a reward.py ('user/repo', 'user/repo@revision'), a directory "
@@ -192,6 +194,16 @@ def _with_settings(reward: Callable, settings: dict, shown: str) -> Callable:
     return reward(**settings)
 
 
+def public_reward(reward: RewardSpec) -> RewardSpec:
+    """`reward` as it may be written into files: without keys and tokens."""
+    name, settings = parse_reward(reward)
+    public = {key: value for key, value in settings.items() if key not in SECRETS}
+    if public == settings:
+        return reward
+    public = {name: public}
+    return json.dumps(public) if isinstance(reward, str) else public
+
+
 def reward_name(reward: RewardSpec) -> str:
     """Name under which a reward is logged: the last part of what it was asked for by, or the function's own."""
     name, _ = parse_reward(reward)
@@ -203,7 +215,7 @@ def reward_name(reward: RewardSpec) -> str:
         name = name.removeprefix("openai:").partition("@")[0]
         return name.rpartition("/")[2]
     if name.startswith(("http://", "https://")):
-        return name.partition("://")[2].strip("/").replace("/", "_")
+        return name.partition("://")[2].rpartition("@")[2].strip("/").replace("/", "_")
     if name.startswith("evaluate:") or _is_directory(name) or _is_repository(name.partition("@")[0]):
         return Path(name.removeprefix("evaluate:").partition("@")[0]).resolve().name
     return name.rpartition(".")[2]

@@ -117,7 +117,7 @@ def main(script_args: FlowScriptArguments, calibrate_args: CalibrateArguments, t
         script_args.model_name_or_path,
         script_args.reward_funcs,
         training_args,
-        load_script_prompts(script_args, script_args.dataset_train_split),
+        load_script_prompts(script_args, script_args.dataset_train_split, training_args.trust_remote_code),
         output_file=calibrate_args.output,
         num_samples=calibrate_args.num_samples,
         num_iterations=calibrate_args.num_calibration_iterations,

@@ -19,11 +19,13 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+from ..environment import check_torchvision
 from .parser import FlowParser
 
 
 PACKAGES = (
     "torch",
+    "torchvision",
     "trl",
     "transformers",
     "diffusers",
@@ -56,6 +58,10 @@ def environment() -> dict[str, str]:
             entries[package] = version(package)
         except PackageNotFoundError:
             entries[package] = "not installed"
+    try:
+        check_torchvision()
+    except ImportError as error:
+        entries["torchvision"] += f" (broken: {error})"
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     elif torch.backends.mps.is_available():

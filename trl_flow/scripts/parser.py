@@ -17,6 +17,7 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -156,11 +157,15 @@ class FlowParser(TrlParser):
         return namespace, unknown
 
     def _checked(self, action: argparse.Action, value: Any) -> Any:
-        if value is None or isinstance(value, dict):
+        if value is None:
             return value
         if action.nargs == "+":
             values = value if isinstance(value, list) else [value]
+            # As on the command line, settings of a reward are JSON.
+            values = [json.dumps(item) if isinstance(item, dict) else item for item in values]
             return [self._converted(action, item) for item in values]
+        if isinstance(value, dict):
+            return value
         return value if isinstance(value, list) else self._converted(action, value)
 
     def _converted(self, action: argparse.Action, value: Any) -> Any:

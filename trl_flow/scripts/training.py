@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 
 import trl_flow
 
+from ..rewards.loading import public_reward
 from .arguments import FlowScriptArguments
 from .methods import METHODS
 from .parser import FlowParser
@@ -126,6 +127,9 @@ def resolved_config(script_args: FlowScriptArguments, training_args: Any) -> dic
         if name in ours or name == "output_dir" or not _is_default(fields[name], value)
     }
     values = {**dataclasses.asdict(script_args), **values}
+    for name in ("reward_funcs", "eval_reward_funcs"):
+        if values[name]:
+            values[name] = [public_reward(reward) for reward in values[name]]
     # None is left out where it is what an absent setting becomes, and kept where it stands for something else.
     fields |= {field.name: field for field in dataclasses.fields(script_args)}
     kept = {
@@ -241,10 +245,13 @@ class _WriteConfig(TrainerCallback):
 
 def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training_args: Any):
     """The trainer, with prompts and adapter as the arguments say."""
-    train_dataset = load_script_prompts(script_args, script_args.dataset_train_split)
+    consent = training_args.trust_remote_code
+    train_dataset = load_script_prompts(script_args, script_args.dataset_train_split, consent)
     eval_dataset = None
     if training_args.eval_strategy != "no":
-        eval_dataset = load_script_prompts(script_args, script_args.dataset_test_split, script_args.num_eval_prompts)
+        eval_dataset = load_script_prompts(
+            script_args, script_args.dataset_test_split, consent, script_args.num_eval_prompts
+        )
     training_args.model_init_kwargs = model_init_kwargs(script_args, training_args)
     callbacks = None
     if script_args.on_reward_hacking is not None:
@@ -289,12 +296,17 @@ def make_peft_config(script_args: FlowScriptArguments, training_args: Any):
     )
 
 
-def load_script_prompts(script_args: FlowScriptArguments, split: str, num_prompts: int | None = None):
+def load_script_prompts(
+    script_args: FlowScriptArguments, split: str, trust_remote_code: bool, num_prompts: int | None = None
+):
     """A split of the prompts that were asked for, else of those that the first reward names as its own."""
     from ..prompts import load_prompts
     from ..rewards import load_reward
 
-    name = script_args.dataset_name or getattr(load_reward(script_args.reward_funcs[0]), "prompt_set", None)
+    name = script_args.dataset_name
+    if name is None:
+        reward = load_reward(script_args.reward_funcs[0], trust_remote_code=trust_remote_code)
+        name = getattr(reward, "prompt_set", None)
     if name is None:
         raise ValueError(
             f"dataset_name is missing, and the reward {script_args.reward_funcs[0]!r} has no prompts of its own: name "
