@@ -20,6 +20,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
@@ -28,7 +29,8 @@ from tiny import call_arguments, tiny_pipeline
 
 import trl_flow
 from trl_flow.policy.families import FAMILIES
-from trl_flow.prompts import load_prompts
+from trl_flow.prompts import PROMPT_SETS, load_prompts
+from trl_flow.rewards import REWARDS
 from trl_flow.rollout import coefficients
 from trl_flow.scripts.methods import METHODS
 from trl_flow.scripts.training import make_training_parser
@@ -126,6 +128,18 @@ def test_command_line_in_its_comment_is_its_own(path):
     name = f"{path.parent.name}/{path.stem}.yaml"
     (command,) = re.findall(r"#     trl-flow ((?!calibrate)\S+) --config examples/(\S+)", text)
     assert command == (path.stem, name)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_rewards_and_prompts_exist(path):
+    """By name, with held-out rewards that are not trained on; where there is no name, the comment says what to give."""
+    example = yaml.safe_load(path.read_text())
+    if "reward_funcs" not in example:
+        assert "--reward_funcs my_rewards.score" in path.read_text()
+        return
+    trained, watched = example["reward_funcs"], example["eval_reward_funcs"]
+    assert {*trained, *watched} <= REWARDS.keys() and not {*trained} & {*watched}
+    assert example["dataset_name"] in PROMPT_SETS
 
 
 def test_folder_of_pictures_and_prompts(tmp_path):

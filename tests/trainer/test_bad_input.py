@@ -248,10 +248,10 @@ def broken(images, **kwargs):
         (number, "Reward 'number' returned a float: expected a list of 2 numbers or None"),
         (nothing, r"no reward function \(nothing\) returned a score"),
         (broken, "raised for each of 2 grey test pictures. RuntimeError: the model is not downloaded"),
-        ("aesthetics", "reward='aesthetics' is unknown. Built-in rewards: shapes"),
+        ("aesthetics", "reward='aesthetics' is unknown. Expected a function, the name"),
         ("no_such_module.reward", "reward='no_such_module.reward' could not be imported"),
         ("math.pi", "reward='math.pi' is a float, not a function"),
-        (0.5, "reward=0.5 is a float: expected a function or a name"),
+        (0.5, "reward=0.5 is a float. Expected a function, the name"),
     ],
 )
 def test_rewards(make_trainer, rewards, message):
@@ -276,7 +276,7 @@ def test_held_out_rewards(make_trainer):
             Dataset.from_dict({"prompt": ["a"], "images": ["b"]}),
             r"has columns \['images'\], names that reward functions",
         ),
-        (["a red circle"], "is a list: expected a datasets.Dataset"),
+        (["a red circle"], "the dataset is a list: expected a Dataset or IterableDataset"),
     ],
 )
 def test_datasets(make_trainer, argument, dataset, message):

@@ -21,6 +21,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from datasets import DatasetDict, IterableDataset
 from huggingface_hub import ModelCard
 from pipelines import brightness, prompts, redness
 
@@ -278,3 +279,24 @@ def test_columns_that_a_reward_needs(make_trainer):
     with pytest.raises(ValueError, match="eval_dataset has the columns"):
         make_trainer(reward_funcs=Needy(), train_dataset=dataset, eval_dataset=prompts(2))
     make_trainer(reward_funcs=Needy(), train_dataset=dataset, eval_dataset=dataset)
+
+
+# ---- Prompts ----
+
+
+def test_prompts_by_name_and_as_a_stream(make_trainer):
+    """Of a stream as many rows are read as the run can use: 2 updates of 2 micro-steps of 3 prompts."""
+    drawn = []
+
+    def rows():
+        for number in range(1_000_000):
+            drawn.append(number)
+            yield {"prompt": f"a red circle {number}"}
+
+    settings = {"max_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}
+    trainer = make_trainer(train_dataset=IterableDataset.from_generator(rows), eval_dataset="shapes", **settings)
+    assert len(drawn) <= 13
+    assert trainer.train_dataset["prompt"][:] == [f"a red circle {number}" for number in range(12)]
+    assert "tag" in trainer.eval_dataset.column_names and len(trainer.eval_dataset) == 120
+    with pytest.raises(ValueError, match="eval_dataset: .*has the splits train, test: give one of them"):
+        make_trainer(eval_dataset=DatasetDict(train=prompts(2), test=prompts(2)))

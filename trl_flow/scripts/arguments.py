@@ -50,14 +50,20 @@ class FlowScriptArguments:
             What to do when the trained reward rises while one of `eval_reward_funcs` falls beyond its noise: `"warn"`,
             `"stop"` or `"rollback"` to the best evaluation; see [`RewardHackingCallback`]. By default nothing is watched.
         dataset_name (`str`, *optional*):
-            Prompts: the name of a prompt set, a Hub id, or a .txt, .jsonl, .csv or .parquet file. By default the
-            prompt set of the first reward.
+            Prompts: the name of a prompt set (`trl-flow prompts list`), a Hub id, or a .txt, .jsonl, .csv or .parquet file.
+            By default the prompt set of the first reward.
         dataset_config (`str`, *optional*):
             Configuration of the dataset on the Hub.
+        dataset_columns (`list[str]`, *optional*):
+            Columns to keep and what to call them: `caption=prompt tag`. By default all, as they are.
+        dataset_revision (`str`, *optional*):
+            Branch, tag or commit of the dataset on the Hub.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on.
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
             Split to evaluate on.
+        eval_dataset_name (`str`, *optional*):
+            Prompts to evaluate on, where they come from elsewhere: a name, a Hub id or a file. By default `dataset_name`.
         num_eval_prompts (`int`, *optional*):
             How many prompts of the test split are used. By default all.
     """
@@ -79,8 +85,11 @@ class FlowScriptArguments:
             "on_reward_hacking",
             "dataset_name",
             "dataset_config",
+            "dataset_columns",
+            "dataset_revision",
             "dataset_train_split",
             "dataset_test_split",
+            "eval_dataset_name",
             "num_eval_prompts",
         ],
     }
@@ -149,16 +158,34 @@ class FlowScriptArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Prompts: the name of a prompt set, a Hub id, or a .txt, .jsonl, .csv or .parquet file. By "
-            "default the prompt set of the first reward."
+            "help": "Prompts: the name of a prompt set (`trl-flow prompts list`), a Hub id, or a .txt, .jsonl, .csv or "
+            ".parquet file. By default the prompt set of the first reward."
         },
     )
     dataset_config: str | None = field(
         default=None,
         metadata={"help": "Configuration of the dataset on the Hub."},
     )
+    dataset_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns to keep and what to call them: `--dataset_columns caption=prompt tag`. By default all, as they "
+            "are."
+        },
+    )
+    dataset_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of the dataset on the Hub."},
+    )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts to evaluate on, where they come from elsewhere: a name, a Hub id or a file. By default "
+            "`dataset_name`."
+        },
+    )
     num_eval_prompts: int | None = field(
         default=None,
         metadata={"help": "How many prompts of the test split are used. By default all."},

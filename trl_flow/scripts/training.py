@@ -249,9 +249,15 @@ def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training
     train_dataset = load_script_prompts(script_args, script_args.dataset_train_split, consent)
     eval_dataset = None
     if training_args.eval_strategy != "no":
-        eval_dataset = load_script_prompts(
-            script_args, script_args.dataset_test_split, consent, script_args.num_eval_prompts
-        )
+        number = script_args.num_eval_prompts
+        if script_args.eval_dataset_name is not None:
+            from ..prompts import load_prompts
+
+            eval_dataset = load_prompts(
+                script_args.eval_dataset_name, script_args.dataset_test_split, num_prompts=number
+            )
+        else:
+            eval_dataset = load_script_prompts(script_args, script_args.dataset_test_split, consent, number)
     training_args.model_init_kwargs = model_init_kwargs(script_args, training_args)
     callbacks = None
     if script_args.on_reward_hacking is not None:
@@ -300,7 +306,7 @@ def load_script_prompts(
     script_args: FlowScriptArguments, split: str, trust_remote_code: bool, num_prompts: int | None = None
 ):
     """A split of the prompts that were asked for, else of those that the first reward names as its own."""
-    from ..prompts import load_prompts
+    from ..prompts import load_prompts, parse_columns
     from ..rewards import load_reward
 
     name = script_args.dataset_name
@@ -312,7 +318,14 @@ def load_script_prompts(
             f"dataset_name is missing, and the reward {script_args.reward_funcs[0]!r} has no prompts of its own: name "
             "a prompt set, a dataset on the Hub or a file"
         )
-    return load_prompts(name, split=split, config=script_args.dataset_config, num_prompts=num_prompts)
+    return load_prompts(
+        name,
+        split=split,
+        config=script_args.dataset_config,
+        num_prompts=num_prompts,
+        columns=parse_columns(script_args.dataset_columns),
+        revision=script_args.dataset_revision,
+    )
 
 
 def model_init_kwargs(script_args: FlowScriptArguments, training_args: Any) -> dict[str, Any]:

@@ -18,11 +18,11 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset, Image, IterableDataset
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..prompts import PROMPT_SETS, load_prompts
+from ..prompts import PROMPT_SETS, as_prompts, load_prompts
 from ..rewards import load_reward, reward_name
 
 
@@ -61,9 +61,17 @@ def own_prompts(reward: Callable, name: str) -> Dataset:
     return load_prompts(prompt_set)
 
 
-def check_dataset(dataset, argument: str):
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f"{argument} is a {type(dataset).__name__}: expected a datasets.Dataset.")
+def load_dataset_argument(dataset, argument: str, split: str, max_rows: int | None = None) -> Dataset:
+    """The dataset that is given or named, checked; of a stream its first `max_rows`."""
+    try:
+        dataset = as_prompts(dataset, max_rows if isinstance(dataset, IterableDataset) else None, split=split)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error
+    check_dataset(dataset, argument)
+    return dataset
+
+
+def check_dataset(dataset: Dataset, argument: str):
     if "prompt" not in dataset.column_names:
         raise ValueError(f"{argument} has the columns {dataset.column_names}: expected one named 'prompt'.")
     if len(dataset) == 0:

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from peft import PeftConfig, set_peft_model_state_dict
@@ -49,10 +49,10 @@ from ..report import ProgressLine, write_report
 from ..rewards import RewardThreads
 from ..rollout import Plan, Rollout, chain_plan, coefficients, log_prob, transition
 from .arguments import (
-    check_dataset,
     check_images,
     check_precision,
     check_reward_columns,
+    load_dataset_argument,
     load_rewards,
     own_prompts,
 )
@@ -88,11 +88,12 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             What is maximised; [`load_reward`] says what may stand here.
         args ([`FlowGRPOConfig`], *optional*):
             Settings. Any [`FlowGRPOConfig`] works in any trainer; a method's own fields then take the paper's values.
-        train_dataset ([`~datasets.Dataset`], *optional*):
-            Rows with a `prompt`; other columns reach the reward functions. Defaults to the prompt set that the first
-            reward function names as its own.
-        eval_dataset ([`~datasets.Dataset`], *optional*):
-            Held-out prompts.
+        train_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `str`, *optional*):
+            Rows with a `prompt`; other columns reach the reward functions. A name, file or Hub id as
+            [`~trl_flow.prompts.load_prompts`] takes it stands for its split `"train"`. Of a stream as many rows are read as
+            `max_steps` updates can use. Defaults to the prompt set that the first reward function names as its own.
+        eval_dataset (the same, *optional*):
+            Held-out prompts; a name stands for its split `"test"`.
         eval_reward_funcs (`str`, `dict`, `Callable` or a list of these, *optional*):
             Scores that are watched on the held-out prompts and never trained on.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
@@ -133,8 +134,8 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         model: str | DiffusionPipeline,
         reward_funcs: RewardFunc | list[RewardFunc],
         args: FlowGRPOConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | str | None = None,
+        eval_dataset: Dataset | IterableDataset | str | None = None,
         eval_reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
@@ -171,11 +172,15 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         # Prompts
         if train_dataset is None:
             train_dataset = own_prompts(self.reward_funcs[0], self.reward_names[0])
-        check_dataset(train_dataset, "train_dataset")
+        # A micro-step takes a new prompt for each of its groups at most.
+        groups = args.gradient_accumulation_steps * args.per_device_train_batch_size * args.world_size
+        train_dataset = load_dataset_argument(
+            train_dataset, "train_dataset", "train", args.max_steps * groups if args.max_steps > 0 else None
+        )
         if eval_dataset is None:
             args.eval_on_start = False
         else:
-            check_dataset(eval_dataset, "eval_dataset")
+            eval_dataset = load_dataset_argument(eval_dataset, "eval_dataset", "test")
             check_reward_columns(self.eval_reward_funcs, self.eval_reward_names, eval_dataset, "eval_dataset")
             check_reward_columns(self.reward_funcs, self.reward_names, eval_dataset, "eval_dataset")
         check_reward_columns(self.reward_funcs, self.reward_names, train_dataset, "train_dataset")
