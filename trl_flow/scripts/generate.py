@@ -212,7 +212,7 @@ def run_config(adapter: str | None, revision: str | None = None) -> dict:
     return config if isinstance(config, dict) else {}
 
 
-def sampling_arguments(pipeline: "DiffusionPipeline", args: GenerateArguments, config: dict) -> dict:
+def sampling_arguments(pipeline: "DiffusionPipeline", args, config: dict) -> dict:
     """Arguments of the pipeline call: what was given, else what the adapter's run evaluated with."""
     from ..policy import default_call_arguments, find_family, with_area
 
@@ -229,7 +229,7 @@ def sampling_arguments(pipeline: "DiffusionPipeline", args: GenerateArguments, c
     accepted = inspect.signature(type(pipeline).__call__).parameters
     chosen = {}
     for name in names:
-        given = getattr(args, name)
+        given = getattr(args, name, None)  # `evaluate` has a list of numbers of steps instead of one
         value = fallback[name] if given is None else given
         if name == "guidance_scale" and value is not None:
             if guidance == "guider":
@@ -241,6 +241,35 @@ def sampling_arguments(pipeline: "DiffusionPipeline", args: GenerateArguments, c
         if value is not None and name in accepted:
             chosen[name] = value
     return with_area({**(config.get("generation_kwargs") or {}), **chosen}, accepted)
+
+
+def load_model(args, model: str, config: dict, trusted: bool) -> "DiffusionPipeline":
+    """
+    The stock pipeline on its device, loaded and sampled as in the adapter's run.
+
+    Args:
+        args: With `dtype`, `device` and `model_revision`.
+        model (`str`): Hub id or path.
+        config (`dict`): Of the adapter's run, or empty.
+        trusted (`bool`): Whether the configuration is the user's own.
+    """
+    import torch
+
+    from ..policy import load_pipeline
+
+    loading = {
+        "dtype": getattr(torch, args.dtype or config.get("dtype") or "float32"),
+        "revision": args.model_revision or config.get("model_revision"),
+    }
+    if model == config.get("model_name_or_path"):
+        kwargs = config.get("model_init_kwargs") or {}
+        if not trusted:
+            # What could make code run is not taken from a stranger's config: name the model with --model instead.
+            kwargs = {name: value for name, value in kwargs.items() if name in ("variant", "use_safetensors")}
+        loading |= kwargs
+    pipeline = load_pipeline(model, **loading)
+    _sample_as_in_training(pipeline)
+    return pipeline.to(args.device or default_device())
 
 
 def load_prompt_list(args: GenerateArguments) -> list[str]:
@@ -330,25 +359,10 @@ def main(args: GenerateArguments):
     if model is None:
         raise ValueError(f"adapter={args.adapter} does not say which model it belongs to: name it with --model")
 
-    import torch
     from diffusers.utils import load_image
 
-    from ..policy import load_pipeline
-
     quieten(progress_bars=model != "shapes")
-    loading = {
-        "dtype": getattr(torch, args.dtype or config.get("dtype") or "float32"),
-        "revision": args.model_revision or config.get("model_revision"),
-    }
-    if model == config.get("model_name_or_path"):
-        kwargs = config.get("model_init_kwargs") or {}
-        if args.adapter is not None and not Path(args.adapter).is_dir():
-            # What could make code run is not taken from a stranger's config: name the model with --model instead.
-            kwargs = {name: value for name, value in kwargs.items() if name in ("variant", "use_safetensors")}
-        loading |= kwargs
-    pipeline = load_pipeline(model, **loading)
-    _sample_as_in_training(pipeline)
-    pipeline.to(args.device or _default_device())
+    pipeline = load_model(args, model, config, trusted=args.adapter is None or Path(args.adapter).is_dir())
     sampling = sampling_arguments(pipeline, args, config)
     if args.image is not None:
         sampling["image"] = load_image(args.image)
@@ -392,7 +406,7 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
     return FlowParser(prog=prog, **settings)
 
 
-def _default_device() -> str:
+def default_device() -> str:
     import torch
 
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
