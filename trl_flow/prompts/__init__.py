@@ -14,4 +14,5 @@
 
 """Prompt sets as datasets with a `prompt` column."""
 
-from .loading import PROMPT_SETS, load_prompts
+from .loading import as_prompts, load_prompts, parse_columns
+from .sets import PROMPT_SETS, PromptSet
