@@ -1,0 +1,268 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Many questions about pictures, asked at once of a server that speaks OpenAI's chat protocol."""
+
+import base64
+import io
+import itertools
+import os
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import httpx2
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import OfflineModeIsEnabled
+from PIL import Image
+
+from .reward import RewardUnavailableError
+
+
+# What a wrong key, address or model gets. It is the same for every picture, and will be tomorrow.
+_NEVER_WORKS = {
+    401: "The key is missing or wrong: set the environment variable OPENAI_API_KEY, or the setting api_key.",
+    403: "The key may not use this model: set another one (the environment variable OPENAI_API_KEY), or another model.",
+    404: "There is no such model or address: compare `model` and `base_url` with what the server lists under /v1/models.",
+}
+# Statuses below 500 that say "later": request timeout, conflict, too many requests.
+_LATER = (408, 409, 429)
+_LONGEST_PAUSE = 60.0
+
+
+class Question(NamedTuple):
+    """Pictures, and what is asked about them."""
+
+    images: tuple[Image.Image, ...]
+    text: str
+
+
+class Reply(NamedTuple):
+    """
+    What was answered.
+
+    Attributes:
+        text (`str`): Empty if the answer was no chat completion.
+        first_token (`list[tuple[str, float]]`, *optional*): Most probable first tokens and their log-probabilities, if
+            they were asked for and given.
+        remark (`str`): What may be wrong with it.
+    """
+
+    text: str
+    first_token: list[tuple[str, float]] | None = None
+    remark: str = ""
+
+
+class Failure(NamedTuple):
+    """A question that got no answer, and why."""
+
+    reason: str
+
+
+class ChatEndpoint:
+    """
+    A server that speaks OpenAI's chat protocol: vLLM, SGLang, llama.cpp, or somebody else's.
+
+    A request is sent again, after a pause that doubles each time, when the server is busy or away (408, 409, 429, 5xx,
+    time-outs, broken connections). Any other 4xx is final: what is refused once is refused again. When a request has
+    used up its time, and none was answered meanwhile, the server is taken for gone, and the others are not waited for.
+
+    Args:
+        base_url (`str`): `"http://localhost:8000/v1"`.
+        model (`str`): Name under which the server knows the model.
+        api_key (`str`, *optional*): Otherwise the environment variable `OPENAI_API_KEY`, or none.
+        max_workers (`int`): Requests that are under way at once.
+        timeout (`float`): Seconds without a byte from the server after which a request is given up and sent again.
+        max_wait (`float`): Seconds after which a request that keeps failing is not sent again.
+        backoff (`float`): First pause in seconds.
+
+    Raises:
+        ValueError: If `base_url` is no address, or has a password in it.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        api_key: str | None = None,
+        max_workers: int = 16,
+        timeout: float = 120.0,
+        max_wait: float = 300.0,
+        backoff: float = 1.0,
+    ):
+        if "@" in base_url:
+            raise ValueError(
+                "base_url has a user or password in it, and addresses are logged and published: leave them out, and set "
+                "the environment variable OPENAI_API_KEY."
+            )
+        address = urlsplit(base_url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError(f"base_url={base_url!r} is no address: expected one like 'http://localhost:8000/v1'.")
+        if max_workers < 1 or timeout <= 0:
+            raise ValueError(
+                f"max_workers={max_workers}, timeout={timeout}: expected at least one worker and more than 0 seconds."
+            )
+        self.address = f"{address.scheme}://{address.netloc}{address.path}"
+        self.model = model
+        self.max_workers = max_workers
+        self.max_wait = max_wait
+        self.backoff = backoff
+        self._key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
+        # Given no key, the client would send the user's Hugging Face token to whatever server this is. "EMPTY" is what
+        # servers without keys are sent by custom.
+        self._client = InferenceClient(base_url=base_url, api_key=self._key or "EMPTY", timeout=timeout)
+        # Its own generator: a pause must not change what is sampled next.
+        self._random = random.Random()
+
+    def __repr__(self) -> str:
+        return f"{self.model} at {self.address}"
+
+    def ask(self, questions: list[Question], **parameters) -> list[Reply | Failure]:
+        """
+        One answer for each question, at temperature 0. Pictures are sent as PNG, before the text.
+
+        Threads, rather than an event loop: `asyncio.run` refuses to run inside a running one, as in a notebook.
+
+        Args:
+            questions (`list[Question]`): n questions.
+            parameters: Further arguments of [`~huggingface_hub.InferenceClient.chat_completion`].
+
+        Raises:
+            RewardUnavailableError: If the server refuses the key, the model or the address, or answers no question at
+                all.
+        """
+        if not questions:
+            return []
+        # Set when nothing more is to be sent, and wakes those that pause.
+        stop = threading.Event()
+        last_sign_of_life = -1.0
+        pictures = {id(image): image for question in questions for image in question.images}
+
+        def ask_one(question: Question) -> Reply | Failure:
+            nonlocal last_sign_of_life
+            content = [{"type": "image_url", "image_url": {"url": urls[id(image)]}} for image in question.images]
+            messages = [{"role": "user", "content": [*content, {"type": "text", "text": question.text}]}]
+            started, reason = time.monotonic(), "not sent, because the server is gone"
+            for attempt in itertools.count():
+                if stop.is_set():
+                    return Failure(reason)
+                try:
+                    answer = self._client.chat_completion(messages, model=self.model, temperature=0, **parameters)
+                    last_sign_of_life = time.monotonic()
+                    return _read(answer)
+                except OfflineModeIsEnabled:
+                    stop.set()
+                    raise RewardUnavailableError(
+                        f"{self} cannot be asked: HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, and with it "
+                        "huggingface_hub's client sends nothing, not even to a server of your own. Unset it."
+                    ) from None
+                except Exception as error:
+                    response = _response_of(error)
+                    if response is None and not isinstance(error, httpx2.HTTPError):
+                        if not isinstance(error, (ValueError, TypeError, LookupError, AttributeError)):
+                            raise
+                        last_sign_of_life = time.monotonic()
+                        return Reply("", remark=f"no chat completion: {self._excerpt(str(error))}")
+                    reason = self._excerpt(_reason(error, response))
+                if response is not None and response.status_code in _NEVER_WORKS:
+                    stop.set()
+                    raise RewardUnavailableError(f"{self}: {reason}. {_NEVER_WORKS[response.status_code]}")
+                if response is not None and response.status_code < 500:
+                    last_sign_of_life = time.monotonic()
+                    if response.status_code not in _LATER:
+                        return Failure(reason)
+                left = started + self.max_wait - time.monotonic()
+                asked_for = _retry_after(response)
+                if left <= 0 or asked_for > left:
+                    if left <= 0 and last_sign_of_life < started:
+                        stop.set()
+                    return Failure(f"{reason} ({attempt + 1} times in {time.monotonic() - started:.0f} s)")
+                pause = min(_LONGEST_PAUSE, self.backoff * 2**attempt) * self._random.uniform(0.5, 1.0)
+                stop.wait(min(max(pause, asked_for), left))
+
+        with ThreadPoolExecutor(min(self.max_workers, len(questions))) as pool:
+            try:
+                urls = dict(zip(pictures, pool.map(_data_url, pictures.values()), strict=True))
+                answers = list(pool.map(ask_one, questions))
+            finally:
+                stop.set()
+        if not any(isinstance(answer, Reply) for answer in answers):
+            raise RewardUnavailableError(
+                f"{self} answered none of {len(answers)} requests. The first: {answers[0].reason}. Is the server up, and "
+                "does it take pictures and these settings?"
+            )
+        return answers
+
+    def _excerpt(self, text: str) -> str:
+        """The beginning of a message of the server, which may quote the key that it was sent."""
+        text = " ".join(text.split())
+        if self._key:
+            text = text.replace(self._key, "***")
+        return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _data_url(image: Image.Image) -> str:
+    # Never JPEG: its blocks would be part of what is judged.
+    png = io.BytesIO()
+    image.save(png, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+
+
+def _read(answer) -> Reply:
+    choice = answer.choices[0]
+    text = choice.message.content or ""
+    tokens = choice.logprobs.content if choice.logprobs else None
+    return Reply(
+        text=text if isinstance(text, str) else "",
+        first_token=[(token.token, token.logprob) for token in tokens[0].top_logprobs] if tokens else None,
+        remark="cut off at max_tokens" if choice.finish_reason == "length" else "",
+    )
+
+
+def _response_of(error: BaseException | None) -> httpx2.Response | None:
+    """The answer of the server that made a request fail. Over an error whose JSON is no object, the client itself
+    fails: then it is in what came before."""
+    while error is not None:
+        if isinstance(response := getattr(error, "response", None), httpx2.Response):
+            return response
+        error = error.__context__
+    return None
+
+
+def _reason(error: Exception, response: httpx2.Response | None) -> str:
+    if response is None:
+        return f"{type(error).__name__}: {error}"
+    try:
+        body = response.text
+    except httpx2.StreamError:
+        body = ""
+    return f"{response.status_code} {response.reason_phrase}: {body}"
+
+
+def _retry_after(response: httpx2.Response | None) -> float:
+    """Seconds after which a server asks to be tried again: a number, or a date (RFC 9110, 10.2.3)."""
+    asked_for = response.headers.get("retry-after") if response is not None else None
+    try:
+        return max(0.0, float(asked_for))
+    except (TypeError, ValueError):
+        pass
+    try:
+        return max(0.0, (parsedate_to_datetime(asked_for) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):
+        return 0.0
