@@ -16,6 +16,7 @@
 
 from .arguments import with_area
 from .conditioning import Condition
+from .embeddings import encode_prompts
 from .families import FAMILIES, PipelineFamily, find_family
 from .flow_policy import FlowPolicy
 from .loading import default_call_arguments, find_record, load_pipeline

@@ -80,6 +80,21 @@ class Condition:
         return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(list(self.answers.values())))
 
 
+def make_condition(
+    prompt: str,
+    image: Image.Image | None,
+    answers: dict[tuple[str, int], Any],
+    latent_shape: tuple[int, ...],
+    latent_dtype: torch.dtype,
+    layout: dict[tuple[str, int], Any],
+    batched: bool,
+    guidance_scale: float,
+) -> Condition:
+    """A [`Condition`], with the signature that follows from its outputs."""
+    signature = (latent_shape, *((name, find_signature(answer, layout[name])) for name, answer in answers.items()))
+    return Condition(prompt, image, answers, latent_shape, latent_dtype, layout, signature, batched, guidance_scale)
+
+
 def encoding_methods(pipeline_class: type[DiffusionPipeline]) -> list[str]:
     """Names of a pipeline's methods whose outputs depend on its inputs and frozen weights, not on the denoiser's."""
     return [

@@ -22,6 +22,7 @@ from collections import OrderedDict, defaultdict
 from contextlib import ExitStack, contextmanager
 
 import torch
+from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig, get_peft_model
 from PIL import Image
@@ -29,8 +30,10 @@ from torch import nn
 from transformers.utils import logging
 
 from .arguments import resolve_arguments
-from .conditioning import LATENTS, Answers, Condition, find_layout, find_signature, image_key, recording
+from .conditioning import LATENTS, Answers, Condition, find_layout, image_key, make_condition, recording
 from .diffusion import DDIMIdleScheduler, DDIMQueryScheduler, check_scheduler
+from .embeddings import StoredConditions, model_fingerprint, settings_fingerprint
+from .encoders import Encoders, compute_beside
 from .families import find_family
 from .schedulers import check_flow_scheduler, idle_scheduler, is_flow, query_scheduler
 
@@ -113,6 +116,10 @@ class FlowPolicy(nn.Module):
         self.guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
         self.cache_size, self.cache_bytes = cache_size, cache_gib * 2**30
         self._cache: OrderedDict[tuple, Condition] = OrderedDict()
+        self._blanks: dict[tuple[float, torch.device], Condition] = {}
+        self._stored = StoredConditions()
+        self._model_fingerprint: str | None = None
+        self.encoders = Encoders(pipeline)
         self._layouts: dict[tuple[float, bool], tuple[dict, bool]] = {}
         # `__call__` without `torch.no_grad`, so that gradients reach the denoiser.
         self._call = inspect.unwrap(type(pipeline).__call__)
@@ -267,19 +274,48 @@ class FlowPolicy(nn.Module):
             batches[condition.signature if condition.batched else row].append(row)
         return list(batches.values())
 
-    @torch.no_grad()
     def encode(self, prompt: str, image: Image.Image | None = None) -> Condition:
         """What the pipeline makes of one prompt, and of the picture that it starts from. Kept for the next time."""
+        return self.conditioning([prompt], [image])[0]
+
+    def conditioning(self, prompts: list[str], images: list[Image.Image] | None = None) -> list[Condition]:
+        """Conditioning of n prompts (and the pictures that they start from). Repeated ones are encoded once."""
+        images = images or [None] * len(prompts)
+        with self.encoders.visit():
+            return [self._find_condition(*pair) for pair in zip(prompts, images, strict=True)]
+
+    def blank(self) -> Condition:
+        """The empty prompt, on a grey picture."""
+        key = self.guidance_scale, self.device
+        if key not in self._blanks:
+            self._blanks[key] = self.encode("", self._grey if self.family.image == "required" else None)
+        return self._blanks[key]
+
+    def _find_condition(self, prompt: str, image: Image.Image | None) -> Condition:
+        """A condition from memory, from disk, or, if it is nowhere, made."""
+        image = image if self.family.image else None
+        picture = image_key(image)
+        key = prompt, picture, self.guidance_scale, self.device
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        condition = self._stored.find(self, prompt, image, picture) if self._stored else None
+        self._cache[key] = condition = condition or self.encode_anew(prompt, image)
+        while len(self._cache) > 1 and (
+            len(self._cache) > self.cache_size
+            or sum(kept.num_bytes for kept in self._cache.values()) > self.cache_bytes
+        ):
+            self._cache.popitem(last=False)
+        return condition
+
+    @torch.no_grad()
+    def encode_anew(self, prompt: str, image: Image.Image | None = None) -> Condition:
+        """The same as [`FlowPolicy.encode`], whether or not it was done before, and not kept."""
         if self.family.image == "required" and image is None:
             raise ValueError(
                 f"{type(self.pipeline).__name__} starts from a picture: expected one beside the prompt {prompt!r}. Is "
                 "there a column `image` in the dataset?"
             )
-        image = image if self.family.image else None
-        key = prompt, image_key(image), self.guidance_scale, self.device
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
         answers = self._record([prompt], image)
         kind = self.guidance_scale, image is not None
         if kind not in self._layouts:
@@ -290,20 +326,31 @@ class FlowPolicy(nn.Module):
             (prepared, None) if isinstance(prepared, torch.Tensor) else (prepared[0], prepared[1:])
         )
         shape = tuple(latents.shape[1:])
-        signature = (shape, *((name, find_signature(answer, layout[name])) for name, answer in answers.items()))
-        condition = Condition(
-            prompt, image, answers, shape, latents.dtype, layout, signature, batched, self.guidance_scale
-        )
-        self._cache[key] = condition
-        while len(self._cache) > 1 and (
-            len(self._cache) > self.cache_size
-            or sum(kept.num_bytes for kept in self._cache.values()) > self.cache_bytes
-        ):
-            self._cache.popitem(last=False)
-        return condition
+        return make_condition(prompt, image, answers, shape, latents.dtype, layout, batched, self.guidance_scale)
+
+    def fingerprint(self) -> str:
+        """All that a condition depends on beside its prompt and its picture, as a short string."""
+        if self._model_fingerprint is None:
+            self._model_fingerprint = model_fingerprint(self.pipeline, self.family.components)
+        return self._model_fingerprint + settings_fingerprint(self)
+
+    def attach(self, conditions: Dataset):
+        """Takes conditions from where [`encode_prompts`] has written them, and makes those alone that are not there."""
+        self._stored.add(conditions)
+
+    def offload_encoders(self, device: torch.device | str = "cpu"):
+        """
+        Moves the text and picture encoders to another device. They come back for prompts that are new, and leave again.
+        A call of the pipeline itself needs them back: `pipeline.to(device)`.
+        """
+        self.blank()  # which is asked for again and again
+        for pipeline in (self._idle, self._query):
+            compute_beside(pipeline, self.components[0])
+        self.encoders.leave(device)
 
     def _record(self, prompts: list[str], image: Image.Image | None) -> dict:
         encoder = copy.copy(self._encoder)
+        self.encoders.come(self.device)
         with recording(encoder) as answers:
             self._run(encoder, prompts, image, output_type="latent")
         if LATENTS not in answers:
@@ -330,15 +377,6 @@ class FlowPolicy(nn.Module):
             return dict.fromkeys(one), False
         layout[LATENTS] = layout[LATENTS][1:] if isinstance(layout[LATENTS], list) else None
         return layout, True
-
-    def conditioning(self, prompts: list[str], images: list[Image.Image] | None = None) -> list[Condition]:
-        """Conditioning of n prompts (and the pictures that they start from). Repeated ones are encoded once."""
-        images = images or [None] * len(prompts)
-        return [self.encode(*pair) for pair in zip(prompts, images, strict=True)]
-
-    def blank(self) -> Condition:
-        """The empty prompt, on a grey picture."""
-        return self.encode("", self._grey if self.family.image == "required" else None)
 
     @functools.cached_property
     def _grey(self) -> Image.Image:

@@ -1,0 +1,75 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The frozen models that a pipeline encodes with, and their leave from the device while no prompt is new."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class Encoders:
+    """
+    The text and picture encoders of a pipeline. By diffusers' custom they are transformers' models, and everything that
+    a pipeline runs afterwards (denoisers, decoders, connectors, vocoders) is diffusers' own.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): The pipeline that they belong to.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        # 8-bit weights of bitsandbytes are where they were loaded, and cannot be moved.
+        self.models: dict[str, nn.Module] = {
+            name: model
+            for name, model in pipeline.components.items()
+            if isinstance(model, PreTrainedModel) and not getattr(model, "is_loaded_in_8bit", False)
+        }
+        self.home: torch.device | str | None = None
+        self._here = True
+
+    def leave(self, home: torch.device | str):
+        """Moves the encoders to `home`, where they wait for the next [`come`]."""
+        self.home, self._here = home, False
+        for model in self.models.values():
+            model.to(home)
+
+    def come(self, device: torch.device):
+        """Moves encoders that have left to `device`, where they stay to the end of the [`visit`]."""
+        if not self._here:
+            for model in self.models.values():
+                model.to(device)
+            self._here = True
+
+    @contextmanager
+    def visit(self) -> Iterator[None]:
+        """Context at whose end encoders that had left, and came, leave again."""
+        try:
+            yield
+        finally:
+            if self.home is not None and self._here:
+                self.leave(self.home)
+
+
+def compute_beside(pipeline: DiffusionPipeline, component: str):
+    """
+    Makes a pipeline compute where one of its components is. By itself it computes where the first of them is that is on
+    an accelerator, or simply the first: with encoders elsewhere, that may be the wrong place.
+    """
+    device = property(lambda self: next(getattr(self, component).parameters()).device)
+    kind = type(pipeline)
+    pipeline.__class__ = type(kind.__name__, (kind,), {"device": device, "_execution_device": device})
