@@ -67,7 +67,7 @@ def tiny_text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-def tiny_vae(**kwargs) -> AutoencoderKL:
+def tiny_vae(latent_channels: int = 4, **kwargs) -> AutoencoderKL:
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -75,7 +75,7 @@ def tiny_vae(**kwargs) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
         block_out_channels=(8, 8),
         norm_num_groups=4,
-        latent_channels=4,
+        latent_channels=latent_channels,
         **kwargs,
     )
 
