@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import BertTokenizer, CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
+from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer
 
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
@@ -242,7 +242,7 @@ def clip_processor(side: int) -> CLIPProcessor:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
-    image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
 
 

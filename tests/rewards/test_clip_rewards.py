@@ -217,6 +217,16 @@ def test_long_prompts_are_cut(clip):
     assert CLIPReward(clip)(["", "é ☃"], IMAGES[:2]) == [pytest.approx(0, abs=1)] * 2
 
 
+@pytest.mark.parametrize("size", [(1, 1), (400, 3), (3, 400)])
+@pytest.mark.parametrize("name", ["clip", "hpsv2"])
+def test_pictures_of_every_size(clip, hps, name, size):
+    reward = CLIPReward(clip) if name == "clip" else HPSv2Reward(**hps)
+    image = picture(0, *size)
+    (score,) = reward(PROMPTS[:1], [image])
+    assert abs(score) <= 1
+    assert reward.score_tensors(tensors([image]), PROMPTS[:1]).item() == pytest.approx(score, abs=0.01)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
 @pytest.mark.parametrize("name", ["clip", "hpsv2"])
 def test_pictures_of_every_mode(clip, hps, name, mode):

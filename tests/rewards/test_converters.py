@@ -48,6 +48,14 @@ def test_open_clip_becomes_a_clip_model():
     assert model.logit_scale == original.logit_scale
 
 
+def test_half_precision_weights_are_computed_with_in_float32():
+    config, state_dict = open_clip_vit_h(shaken(OpenCLIP()).half().state_dict())
+    model = from_state_dict(CLIPModel, config, state_dict, "it")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    half = state_dict["visual_projection.weight"]
+    assert half.dtype == torch.float16 and torch.equal(model.visual_projection.weight, half.float())
+
+
 def test_the_activation_is_open_clips():
     # With CLIP's usual one, the picture's embedding is another: the test above would see it.
     original = shaken(OpenCLIP())

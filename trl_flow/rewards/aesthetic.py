@@ -85,11 +85,11 @@ class AestheticReward(ModelReward):
         }
 
     def load(self, device: torch.device) -> SharedModel:
-        from transformers import CLIPImageProcessor
+        from transformers import CLIPImageProcessorPil
 
         state_dict, self._commit = read_checkpoint(self.model, self.revision)
         head = linear_layers(state_dict, "LAION's aesthetic predictor").requires_grad_(False)
-        self.image_processor = CLIPImageProcessor.from_pretrained(self.backbone, revision=self.backbone_revision)
+        self.image_processor = CLIPImageProcessorPil.from_pretrained(self.backbone, revision=self.backbone_revision)
         shared = share(
             ("clip", self.backbone, self.backbone_revision, self.dtype),
             lambda: load_clip(self.backbone, self.backbone_revision, self.dtype),

@@ -91,12 +91,12 @@ class CLIPReward(ModelReward):
         self._embeddings: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def load(self, device: torch.device) -> SharedModel:
-        from transformers import CLIPProcessor
+        from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
-        processor = CLIPProcessor.from_pretrained(
-            self.processor or self.model, revision=None if self.processor else self.revision
-        )
-        self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+        processor = (self.processor, None) if self.processor else (self.model, self.revision)
+        self.tokenizer = CLIPTokenizer.from_pretrained(processor[0], revision=processor[1])
+        # Pillow's, so that a score does not change with torchvision's presence.
+        self.image_processor = CLIPImageProcessorPil.from_pretrained(processor[0], revision=processor[1])
         return share(("clip", self.model, self.revision, self.dtype), self.load_model, device)
 
     def load_model(self) -> tuple[nn.Module, str | None]:
@@ -266,7 +266,7 @@ class HPSv2Reward(CLIPReward):
         """Height and width inside of the frame, and the frame's (open_clip's `ResizeMaxSize`)."""
         side = self.image_processor.crop_size.height
         factor = side / max(height, width)
-        return round(height * factor), round(width * factor), side
+        return max(1, round(height * factor)), max(1, round(width * factor)), side
 
     def frame(self, image: Image.Image) -> Image.Image:
         height, width, side = self._sizes(image.height, image.width)

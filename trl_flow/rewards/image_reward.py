@@ -115,7 +115,7 @@ class ImageRewardReward(ModelReward):
         self.tokenizer_name = tokenizer
 
     def load(self, device: torch.device) -> SharedModel:
-        from transformers import BertTokenizer, CLIPImageProcessor
+        from transformers import BertTokenizer, CLIPImageProcessorPil
 
         self.tokenizer = BertTokenizer.from_pretrained(self.tokenizer_name)
         # BLIP's two tokens. Nothing here uses them, but the model was trained with them in its vocabulary.
@@ -123,7 +123,7 @@ class ImageRewardReward(ModelReward):
         shared = share(("image_reward", self.model, self.revision, self.dtype), self._load_model, device)
         side = shared.module.vision.config.image_size
         # CLIP's means and bicubic filter, at 224 pixels.
-        self.image_processor = CLIPImageProcessor(
+        self.image_processor = CLIPImageProcessorPil(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         )
         return shared

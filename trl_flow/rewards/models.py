@@ -212,11 +212,11 @@ def resized(pixels: torch.Tensor, height: int, width: int, mode: str = "bicubic"
 
 def preprocess(pixels: torch.Tensor, image_processor) -> torch.Tensor:
     """
-    What a `CLIPImageProcessor` does to pictures, done to tensors, so that gradients reach them.
+    What a `CLIPImageProcessorPil` does to pictures, done to tensors, so that gradients reach them.
 
     Args:
         pixels (`torch.Tensor` of shape `(n, 3, height, width)`): In [0, 1].
-        image_processor (`CLIPImageProcessor`): Its sizes, filter, means and standard deviations are used.
+        image_processor (`CLIPImageProcessorPil`): Its sizes, filter, means and standard deviations are used.
 
     Returns:
         `torch.Tensor` of shape `(n, 3, crop_height, crop_width)`: In standard deviations.
