@@ -34,6 +34,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher, generate_random_fingerprint, get_temporary_cache_files_directory
 from huggingface_hub import HfApi, constants, hf_hub_download
 
+from .. import __version__
 from .sets import PROMPT_SETS, Part, PromptSet
 
 
@@ -142,7 +143,7 @@ def _load_named(name: str, split: str, num_prompts: int | None, revision: str | 
         if split == "train":
             trained = [other for other, record in PROMPT_SETS.items() if "train" in record.parts]
             advice = f" It is a benchmark; to train on there are {', '.join(trained)}."
-        raise ValueError(f"split={split!r}: {name} has {_listed('split', prompt_set.parts)}.{advice}")
+        raise ValueError(f"split={split!r}: {name} has {_listed(prompt_set.parts)}.{advice}")
     if prompt_set.generator is not None:
         module, function = prompt_set.generator.split(":")
         generate = getattr(importlib.import_module(module, __package__), function)
@@ -151,7 +152,7 @@ def _load_named(name: str, split: str, num_prompts: int | None, revision: str | 
     part, revision = prompt_set.parts[split], revision or prompt_set.revision or "main"
     try:
         location = _locate(prompt_set.repository, part.file, revision)
-        kept = (part.columns, prompt_set.min_words, prompt_set.distinct, num_prompts)
+        kept = (part.columns, prompt_set.min_words, prompt_set.distinct, num_prompts, __version__)
         return _store(
             lambda: _named_rows(prompt_set, part, location, num_prompts),
             fingerprint=Hasher.hash((name, location, kept)),
@@ -274,10 +275,10 @@ def _load_repository(
         builder = load_dataset_builder(name, config, revision=revision)
     except Exception as error:
         raise ValueError(f"{problem} {_explained(error)}") from error
-    splits = list(builder.config.data_files or builder.info.splits or ())
+    splits = [str(known) for known in builder.config.data_files or builder.info.splits or ()]
     whole = "[" not in split and "+" not in split
     if whole and splits and split not in splits:
-        raise ValueError(f"split={split!r}: {name} has {_listed('split', splits)}.")
+        raise ValueError(f"split={split!r}: {name} has {_listed(splits)}.")
     try:
         if os.path.isdir(name) or not whole or (num_prompts is None and columns is None):
             builder.download_and_prepare()
@@ -307,7 +308,7 @@ def _renamed(dataset: Dataset | IterableDataset, columns: dict[str, str] | None,
     if columns is not None:
         if missing := [column for column in columns if column not in features]:
             raise _ColumnError(
-                f"columns={columns}: {name} has no {_listed('column', missing)}; it has {', '.join(features)}."
+                f"columns={columns}: {name} has no column {', '.join(missing)}; it has {', '.join(features)}."
             )
         dataset = dataset.select_columns(list(columns))
         return dataset.rename_columns({old: new for old, new in columns.items() if old != new})
@@ -368,6 +369,6 @@ def _explained(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _listed(noun: str, names: Iterable[str]) -> str:
-    names = list(names)
-    return f"the {noun} {names[0]} alone" if len(names) == 1 else f"the {noun}s {', '.join(names)}"
+def _listed(splits: Iterable[str]) -> str:
+    splits = list(splits)
+    return f"the split {splits[0]} alone" if len(splits) == 1 else f"the splits {', '.join(splits)}"

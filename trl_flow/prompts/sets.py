@@ -96,7 +96,7 @@ PROMPT_SETS = {
     ),
     "geneval": PromptSet(
         description="Objects, counts, colours and positions, from GenEval's grammar and COCO's 80 classes.",
-        parts={"train": Part(), "test": Part()},
+        parts={"train": Part(5_100), "test": Part(553)},
         license="Apache-2.0",
         source="GenEval, arXiv:2310.11513; generated here from its grammar",
         checked="generated here, tested here; not the 553 prompts of the paper",
