@@ -106,6 +106,7 @@ class RemoteReward(Reward):
         token = read_token(token)
         self._client = httpx2.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},
+            verify=parts.scheme == "https",  # loading certificates takes longer than many a request
             timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0), pool=None),
             limits=httpx2.Limits(max_connections=max_workers),
         )
@@ -204,6 +205,10 @@ class RemoteReward(Reward):
                     prompts[part], images[part], {name: values[part] for name, values in columns.items()}, stop
                 )
             ]
+        if answer.get("name", self.served["name"]) != self.served["name"]:
+            raise RewardUnavailableError(
+                f"{self.url} serves {answer['name']!r} now, and {self.served['name']!r} before: start that one again."
+            )
         scores, failed = answer.get("scores"), answer.get("failed", [])
         if (
             not isinstance(scores, list)
@@ -255,7 +260,7 @@ class RemoteReward(Reward):
                 logger.warning(
                     f"Reward server {self.url} does not answer ({problem}). Waiting for up to {self.max_wait:.0f} s."
                 )
-            delay = max(after, min(30.0, 0.25 * 2**attempt) * self._random.uniform(0.5, 1.0))
+            delay = max(after, min(10.0, 0.25 * 2**attempt) * self._random.uniform(0.5, 1.0))
             attempt += 1
             # The last attempt is made when the time is up, not before.
             stop.wait(min(delay, self.max_wait - waited))

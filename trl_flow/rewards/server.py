@@ -39,7 +39,7 @@ from PIL import Image
 from .. import __version__
 from .loading import reward_name
 from .remote import TOKEN_VARIABLE, read_token
-from .reward import RewardUnavailableError
+from .reward import About, RewardUnavailableError
 from .scoring import score, takes_videos
 
 
@@ -77,10 +77,10 @@ class RewardServer(ThreadingHTTPServer):
     Scores pictures over HTTP with one reward function.
 
     - `POST /score` with `{"prompts": [...], "images": [base64 of PNG, ...], "columns": {name: [...]}}` answers
-      `{"scores": [number or null, ...], "failed": [positions], "error": text}`: null where the reward does not apply,
-      or, at the positions in `failed`, where no score could be had.
+      `{"name", "scores": [number or null, ...], "failed": [positions], "error": text}`: null where the reward does not
+      apply, or, at the positions in `failed`, where no score could be had.
     - `GET /` answers what the reward is: `name`, `scope`, `requires`, `prompt_set`, `source`, `about`.
-    - `GET /health` answers whether it is `ready`, and what waits. It needs no token.
+    - `GET /health` answers whether it is `ready` (status 200, else 503), and what waits. It needs no token.
 
     Every connection has a thread that reads and decodes. One thread scores: it takes whatever waits, up to `batch_size`
     pictures at once, so many small requests cost as little as one large one. A reward with group scope is called once
@@ -161,7 +161,7 @@ class RewardServer(ThreadingHTTPServer):
         self._admitted = 0
         # Open connections, and when each must have sent its request.
         self._deadlines: dict[socket.socket, float] = {}
-        self._threads: list[threading.Thread] = []
+        self._running: list[threading.Thread] = []
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
 
@@ -176,9 +176,11 @@ class RewardServer(ThreadingHTTPServer):
 
     def start(self):
         """Listens at once; the reward loads meanwhile, and `/score` answers 503 until it is ready."""
-        for target in (self.serve_forever, self._work):
-            self._threads.append(threading.Thread(target=target, daemon=True))
-            self._threads[-1].start()
+        listening = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+        scoring = threading.Thread(target=self._work, daemon=True)
+        self._running = [listening, scoring]
+        for thread in self._running:
+            thread.start()
 
     def wait_until_ready(self):
         """
@@ -200,9 +202,9 @@ class RewardServer(ThreadingHTTPServer):
             # Whoever is silent hears no more of us; whoever waits for scores still gets them.
             for connection in self._deadlines:
                 _stop_reading(connection)
-        if self._threads:
+        if self._running:
             self.shutdown()
-            for thread in self._threads:
+            for thread in self._running:
                 thread.join()
             with self._changed:
                 self._changed.wait_for(lambda: not self._deadlines)
@@ -219,7 +221,7 @@ class RewardServer(ThreadingHTTPServer):
             "requires": list(self.requires),
             "prompt_set": getattr(self.reward, "prompt_set", None),
             "source": getattr(self.reward, "source", {}),
-            "about": about and about._asdict(),
+            "about": about._asdict() if isinstance(about, About) else None,
             "batch_size": min(self.batch_size, self.max_images),
         }
 
@@ -261,7 +263,7 @@ class RewardServer(ThreadingHTTPServer):
             "columns",
         }:
             raise RefusedError(400, "expected an object with 'prompts', 'images' and, if there are any, 'columns'")
-        prompts, images, columns = content["prompts"], content["images"], content.get("columns") or {}
+        prompts, images, columns = content["prompts"], content["images"], content.get("columns", {})
         if not isinstance(images, list) or not images:
             raise RefusedError(400, "images: expected a list of pictures, base64 of PNG")
         if len(images) > self.max_images:
@@ -285,6 +287,8 @@ class RewardServer(ThreadingHTTPServer):
         for number, text in enumerate(images):
             try:
                 image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
+            except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+                raise RefusedError(413, f"images[{number}] is too large") from None
             except Exception as error:  # Pillow documents no set of exceptions for malformed files
                 raise RefusedError(400, f"images[{number}] is no base64 of a PNG ({type(error).__name__})") from None
             pixels += image.width * image.height
@@ -323,6 +327,8 @@ class RewardServer(ThreadingHTTPServer):
         while self.ready and (requests := self._take()):
             began = time.monotonic()
             requests = [request for request in requests if not request.abandoned]
+            if not requests:
+                continue
             try:
                 self._score(requests)
             except RewardUnavailableError as error:
@@ -391,6 +397,7 @@ class RewardServer(ThreadingHTTPServer):
         for request in requests:
             part = slice(start, start := start + len(request.images))
             request.answer = {
+                "name": self.name,
                 "scores": [None if math.isnan(value) else value for value in values[part]],
                 "failed": [number for number, missing in enumerate(failed[part]) if missing],
             }
@@ -413,7 +420,7 @@ class RewardServer(ThreadingHTTPServer):
             self._changed.notify_all()
 
     def service_actions(self):
-        """Called twice a second: ends the requests of clients that take too long, however slowly they go on."""
+        """Called every so often: ends the requests of clients that take too long, however slowly they go on."""
         with self._changed:
             for connection, deadline in self._deadlines.items():
                 if time.monotonic() > deadline:
@@ -428,6 +435,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = f"trl-flow/{__version__}"
     sys_version = ""
+    disable_nagle_algorithm = True  # which would hold back what follows the headers
     server: RewardServer
 
     def setup(self):
@@ -448,7 +456,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.unread = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
         headers = {}
         try:
-            status, content = 200, self._answer()
+            content = self._answer()
+            status = 200 if content.get("ready", True) else 503
         except RefusedError as refused:
             status, content, headers = refused.status, {"error": str(refused)}, refused.headers
         except ConnectionError:
