@@ -13,8 +13,10 @@
 # limitations under the License.
 
 import json
+import re
 
 import pytest
+from datasets import Dataset
 from PIL import Image
 
 from trl_flow.prompts import PROMPT_SETS, load_prompts
@@ -39,6 +41,49 @@ def test_tables_keep_their_columns(tmp_path, suffix):
     assert load_prompts(str(path)).to_list() == rows
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
+def test_columns_of_a_file(tmp_path, suffix):
+    path = str(tmp_path / f"own{suffix}")
+    rows = Dataset.from_dict({"caption": ["a, b", "c"], "style": ["x", "y"], "size": [1, 2]})
+    if suffix == ".parquet":
+        rows.to_parquet(path)
+    elif suffix == ".jsonl":
+        rows.to_json(path)
+    else:
+        rows.to_csv(path, sep="\t" if suffix == ".tsv" else ",")
+    with pytest.raises(ValueError, match=r"own\.\w+ has no column 'prompt'; its text is in caption, style. Say which"):
+        load_prompts(path)
+    with pytest.raises(ValueError, match=r"own\.\w+ has no column text; it has caption, style, size"):
+        load_prompts(path, columns={"text": "prompt"})
+    expected = [{"prompt": "a, b", "size": 1}, {"prompt": "c", "size": 2}]
+    assert load_prompts(path, columns={"caption": "prompt", "size": "size"}).to_list() == expected
+    assert load_prompts(path, columns={"caption": "prompt", "size": "size"}, num_prompts=1).to_list() == expected[:1]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"columns": {"caption": "text"}}, "columns={'caption': 'text'} has no prompt: expected one like"),
+        ({"columns": {"a": "prompt", "b": "prompt"}}, "gives two columns one name"),
+        ({"num_prompts": 0}, "num_prompts=0: expected at least 1, or None for all"),
+        ({"revision": "main"}, "revision='main': {path} is a local path and takes none"),
+        ({"split": "test"}, "split='test' of {path}: a file has the split 'train' alone"),
+    ],
+)
+def test_settings_that_do_not_fit_a_file(tmp_path, settings, message):
+    path = tmp_path / "own.txt"
+    path.write_text("a red circle\n")
+    with pytest.raises(ValueError, match=re.escape(message.replace("{path}", str(path)))):
+        load_prompts(str(path), **settings)
+
+
+def test_broken_files(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": \n')
+    with pytest.raises(ValueError, match=r"own.jsonl could not be read. \w+: .*JSON"):
+        load_prompts(str(path))
+
+
 def test_parts_of_a_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join(f"prompt {number}" for number in range(10)))
@@ -58,11 +103,14 @@ def test_pictures_to_start_from(tmp_path):
         "\n".join(json.dumps({"prompt": text, "image": name}) for name, text, _ in rows)
     )
     of_file = load_prompts(str(folder / "edits.jsonl"))
+    (folder / "edits.csv").write_text("prompt,image\n" + "".join(f"{text},{name}\n" for name, text, _ in rows))
+    of_table = load_prompts(str(folder / "edits.csv"))
+    (folder / "edits.csv").unlink()
     lines = [json.dumps({"prompt": text, "file_name": name}) for name, text, _ in rows]
     (folder / "edits.jsonl").unlink()
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     of_folder = load_prompts(str(tmp_path / "edits"))
-    for dataset in (of_file, of_folder):
+    for dataset in (of_file, of_folder, of_table):
         assert dataset["prompt"][:] == [text for _, text, _ in rows]
         assert [picture.getpixel((0, 0)) for picture in dataset["image"]] == [color for *_, color in rows]
 

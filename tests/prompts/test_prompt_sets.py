@@ -368,6 +368,33 @@ class TestRecords:
             assert license == record.license
 
 
+class TestReading:
+    @pytest.mark.parametrize("size", [1, 7, 1 << 16])
+    @pytest.mark.parametrize("indent", [None, 2])
+    def test_json_array_in_pieces(self, tmp_path, size, indent):
+        rows = [{"prompt": 'a "b" ]},[{', "rank": [1, {"c": None}]}, {"prompt": "ü – 漢字 \\", "rank": []}, {}]
+        (tmp_path / "rows.json").write_text(json.dumps(rows, indent=indent, ensure_ascii=size == 7), encoding="utf-8")
+        assert list(loading._json_array(tmp_path / "rows.json", size)) == rows
+
+    def test_json_array_that_breaks_off(self, tmp_path):
+        (tmp_path / "rows.json").write_text('[{"prompt": "a"}, {"prompt": "b')
+        rows = loading._json_array(tmp_path / "rows.json")
+        assert next(rows) == {"prompt": "a"}
+        with pytest.raises(json.JSONDecodeError):
+            next(rows)
+
+    def test_a_named_set_is_read_no_further_than_asked(self, tmp_path, monkeypatch):
+        rows = [{"prompt": f"prompt {number // 2}"} for number in range(100_000)]
+        (tmp_path / "train.json").write_text(json.dumps(rows))
+        drawn = []
+        read = loading._json_array
+        monkeypatch.setattr(loading, "_json_array", lambda path: (drawn.append(row) or row for row in read(path)))
+        record = PROMPT_SETS["hpdv2"]
+        found = list(loading._named_rows(record, record.parts["train"], tmp_path / "train.json", 10))
+        assert found == [{"prompt": f"prompt {number}"} for number in range(10)]
+        assert len(drawn) == 19  # each prompt twice; the tenth is the nineteenth row
+
+
 class TestTrainersDatasets:
     """What `as_prompts` makes of what a trainer is given."""
 
