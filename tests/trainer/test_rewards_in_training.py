@@ -300,3 +300,34 @@ def test_prompts_by_name_and_as_a_stream(make_trainer):
     assert "tag" in trainer.eval_dataset.column_names and len(trainer.eval_dataset) == 120
     with pytest.raises(ValueError, match="eval_dataset: .*has the splits train, test: give one of them"):
         make_trainer(eval_dataset=DatasetDict(train=prompts(2), test=prompts(2)))
+
+
+def test_precomputed_prompts_change_nothing(make_trainer, monkeypatch, tmp_path):
+    """Bit-equal training; the text encoders run once per prompt, off the device afterwards, and not at all in a second run."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run(name, **settings):
+        trainer = make_trainer(
+            eval_dataset=prompts(2),
+            guidance_scale=2.0,
+            eval_guidance_scale=1.0,
+            max_steps=3,
+            per_device_train_batch_size=2,
+            output_dir=str(make_trainer.directory / name),
+            **settings,
+        )
+        calls = []
+        trainer.policy.pipeline.text_encoder.register_forward_pre_hook(
+            lambda *_: calls.append(trainer.state.global_step)
+        )
+        trainer.train()
+        weights = torch.cat([p.detach().flatten() for p in trainer.policy.parameters() if p.requires_grad])
+        return weights, logged(trainer, "eval_reward"), calls
+
+    weights, rewards, _ = run("as-needed")
+    other_weights, other_rewards, calls = run("precomputed", precompute_prompts=True)
+    assert torch.equal(weights, other_weights) and rewards == other_rewards
+    # Prompt and empty prompt of 6 training prompts with guidance, 2 held-out ones without; twice to see where rows are.
+    assert len(calls) <= 2 * 6 + 2 + 4 and set(calls) == {0}
+    *same, calls = run("again", precompute_prompts=True)
+    assert torch.equal(weights, same[0]) and rewards == same[1] and not calls

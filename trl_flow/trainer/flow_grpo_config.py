@@ -97,6 +97,10 @@ class FlowGRPOConfig(_BaseConfig):
             Number of samples per prompt, G.
         rollout_batch_size (`int`, *optional*, defaults to `32`):
             Largest number of rows of one forward, decode or evaluation batch in rollouts. It bounds memory only.
+        precompute_prompts (`bool`, *optional*, defaults to `False`):
+            Whether to encode all prompts (and the pictures that they start from) before training, to keep the embeddings
+            in the cache of datasets (megabytes per prompt), and to move the encoders off the device. A later run with the
+            same pipeline, settings and prompts finds them there.
 
         > Parameters that control the rewards
 
@@ -260,6 +264,13 @@ class FlowGRPOConfig(_BaseConfig):
         metadata={
             "help": "Largest number of rows of one forward, decode or evaluation batch in rollouts. It bounds memory "
             "only."
+        },
+    )
+    precompute_prompts: bool = field(
+        default=False,
+        metadata={
+            "help": "Encode all prompts before training, keep the embeddings on disk (megabytes per prompt), and move the "
+            "encoders off the device."
         },
     )
 

@@ -43,7 +43,7 @@ from ..objective import (
     step_divergence,
     step_weights,
 )
-from ..policy import FlowPolicy, default_call_arguments, load_pipeline
+from ..policy import FlowPolicy, default_call_arguments, encode_prompts, load_pipeline
 from ..policy.doctor import Diagnosis, Untrainable, examine_policy
 from ..report import ProgressLine, write_report
 from ..rewards import RewardThreads
@@ -560,6 +560,8 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         elif self.is_world_process_zero():
             check_output_dir(self.args.output_dir)
         self.check_reward_functions()
+        if self.args.precompute_prompts:
+            self.precompute_prompts()
         self.write_run_file()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if self.eval_dataset is not None and self.last_evaluation() != self.state.global_step:
@@ -569,6 +571,15 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             write_report(self.args.output_dir)
         self.save_model(_internal_call=True)  # saved, and pushed only when the user says so
         return result
+
+    def precompute_prompts(self):
+        """Encodes the prompts of both datasets, or finds them on disk, and moves the encoders off the device."""
+        ranks = self.args.process_index, self.args.world_size
+        self.policy.attach(encode_prompts(self.policy, self.train_dataset, *ranks))
+        if self.eval_dataset is not None:
+            with self.policy.guided(self.args.eval_guidance_scale):
+                self.policy.attach(encode_prompts(self.policy, self.eval_dataset, *ranks))
+        self.policy.offload_encoders()
 
 
 class _AfterUpdate(TrainerCallback):
