@@ -73,7 +73,7 @@ class MockJudge:
     Args:
         fault (`Callable`, *optional*): Called with the number of the attempt (from 0, counted for each question apart),
             the text and the pictures, before a question is judged. Returns `None`, an HTTP status, a dictionary with
-            `status` and, if wanted, `headers` and `body`, or `"hang"`.
+            `status` and, if wanted, `headers` and `body`, `"hang"`, or `"cut"`: an answer that breaks off.
         judge (`Callable`): From text and pictures to `content` and, if wanted, `first_token` and `finish_reason`.
         port (`int`): 0 for any free one.
 
@@ -135,7 +135,7 @@ class MockJudge:
             handler.send_response(answer["status"])
             for name, value in {"Content-Type": "application/json", **answer.get("headers", {})}.items():
                 handler.send_header(name, value)
-            handler.send_header("Content-Length", str(len(payload)))
+            handler.send_header("Content-Length", str(len(payload) + answer.get("missing", 0)))
             handler.end_headers()
             handler.wfile.write(payload)
         except ConnectionError:  # the client did not wait
@@ -150,6 +150,8 @@ class MockJudge:
         if fault == "hang":
             self._released.wait(30)
             fault = 503
+        if fault == "cut":
+            return {"status": 200, "body": _completion(body, "Yes"), "missing": 100}
         if isinstance(fault, int):
             fault = {"status": fault}
         if fault is not None:

@@ -171,6 +171,7 @@ def test_unified_reward_1_5():
         ("**Final Score:** 4", 4 / 5),
         ("final score: 3.5.", 3.5 / 5),
         ("The sign says 'Final Score: 5'.\nFinal Score: 2", 2 / 5),
+        ("It says 'Final Score: 9'. Final Score: 3", 3 / 5),
         ("Final Score: 4/5", 4 / 5),
         ("Final Score: 45", NAN),
         ("Final Score: 0", NAN),
@@ -424,6 +425,12 @@ def test_hanging_request_ends_at_its_timeout_and_is_sent_again():
         assert len(server.posts) >= 2
 
 
+def test_answer_that_breaks_off_is_asked_for_again():
+    with MockJudge(lambda attempt, text, images: "cut" if attempt == 0 else None) as server:
+        assert judge(server)(["red"], [picture(30, 10, 0)]) == pytest.approx([0.75])
+        assert len(server.posts) == 2
+
+
 def test_server_that_hangs_for_good_is_unavailable():
     with MockJudge(lambda attempt, text, images: "hang") as server:
         with pytest.raises(RewardUnavailableError, match="answered none of 3 requests.*timed out"):
@@ -438,7 +445,6 @@ def test_request_that_keeps_failing_costs_its_picture_only(caplog):
     with MockJudge(fault) as server:
         reward = judge(server, max_wait=0.05, max_workers=1)
         scores = reward(["blue"] * 3, [picture(1, 0, 3), picture(2, 0, 2), picture(0, 0, 4)], log_metric=metrics)
-        assert len(server.posts) > 3
     assert scores == pytest.approx([0.75, 0.5, NAN], nan_ok=True)
     assert metrics == {"yes_no/unparsed": 0.0, "yes_no/failed": pytest.approx(1 / 3)}
     assert "1 of 3" in caplog.text and "500 Internal Server Error" in caplog.text and "injected" in caplog.text
@@ -475,14 +481,22 @@ def test_wrong_key_or_model_stops_at_once(status, advice):
         assert len(server.posts) == 1
 
 
-def test_dead_server_is_unavailable_and_waited_for_once():
-    """One budget for all requests, not one for each batch of workers."""
+def test_dead_server_is_unavailable():
     port = closed_port()
-    reward = load_judge(f"eyes@http://127.0.0.1:{port}/v1", max_workers=2, backoff=0.001, max_wait=0.1)
+    reward = load_judge(f"eyes@http://127.0.0.1:{port}/v1", backoff=0.001, max_wait=0.1)
     with pytest.raises(
-        RewardUnavailableError, match=f"127.0.0.1:{port}.*none of 200 requests.*ConnectError.*Is the server up"
+        RewardUnavailableError, match=f"127.0.0.1:{port}.*none of 5 requests.*ConnectError.*Is the server up"
     ):
-        reward(["red"] * 200, [picture(1, 1, 1)] * 200)
+        reward(["red"] * 5, [picture(1, 1, 1)] * 5)
+
+
+def test_server_that_is_gone_is_waited_for_once():
+    """One budget for all requests, not one for each batch of workers."""
+    with MockJudge(lambda attempt, text, images: 503) as server:
+        with pytest.raises(RewardUnavailableError, match="none of 20 requests"):
+            judge(server, max_workers=2, max_wait=0.05)(["red"] * 20, [picture(1, 1, i) for i in range(20)])
+    shown = {post["messages"][0]["content"][0]["image_url"]["url"] for post in server.posts}
+    assert len(shown) <= 2
 
 
 def test_server_that_comes_back_loses_nothing():

@@ -35,7 +35,7 @@ from PIL import Image
 from .reward import RewardUnavailableError
 
 
-# What a wrong key, address or model gets. It is the same for every picture, and will be tomorrow.
+# What a wrong key, address or model gets, whatever the picture, and what to do about it.
 _NEVER_WORKS = {
     401: "The key is missing or wrong: set the environment variable OPENAI_API_KEY, or the setting api_key.",
     403: "The key may not use this model: set another one (the environment variable OPENAI_API_KEY), or another model.",
@@ -73,6 +73,16 @@ class Failure(NamedTuple):
     """A question that got no answer, and why."""
 
     reason: str
+
+
+class _Trouble(NamedTuple):
+    """Why an attempt failed, and what that means for the next one."""
+
+    reason: str
+    remedy: str = ""
+    server_is_up: bool = False
+    is_final: bool = False
+    retry_after: float = 0.0
 
 
 class ChatEndpoint:
@@ -162,39 +172,26 @@ class ChatEndpoint:
             for attempt in itertools.count():
                 if stop.is_set():
                     return Failure(reason)
-                try:
-                    answer = self._client.chat_completion(messages, model=self.model, temperature=0, **parameters)
-                    last_sign_of_life = time.monotonic()
-                    return _read(answer)
-                except OfflineModeIsEnabled:
+                outcome = self._send(messages, parameters)
+                now = time.monotonic()
+                if isinstance(outcome, Reply):
+                    last_sign_of_life = now
+                    return outcome
+                reason = outcome.reason
+                if outcome.remedy:
                     stop.set()
-                    raise RewardUnavailableError(
-                        f"{self} cannot be asked: HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, and with it "
-                        "huggingface_hub's client sends nothing, not even to a server of your own. Unset it."
-                    ) from None
-                except Exception as error:
-                    response = _response_of(error)
-                    if response is None and not isinstance(error, httpx2.HTTPError):
-                        if not isinstance(error, (ValueError, TypeError, LookupError, AttributeError)):
-                            raise
-                        last_sign_of_life = time.monotonic()
-                        return Reply("", remark=f"no chat completion: {self._excerpt(str(error))}")
-                    reason = self._excerpt(_reason(error, response))
-                if response is not None and response.status_code in _NEVER_WORKS:
+                    raise RewardUnavailableError(f"{self}: {reason}. {outcome.remedy}")
+                if outcome.server_is_up:
+                    last_sign_of_life = now
+                if outcome.is_final:
+                    return Failure(reason)
+                left = started + self.max_wait - now
+                if left <= 0 and last_sign_of_life < started:
                     stop.set()
-                    raise RewardUnavailableError(f"{self}: {reason}. {_NEVER_WORKS[response.status_code]}")
-                if response is not None and response.status_code < 500:
-                    last_sign_of_life = time.monotonic()
-                    if response.status_code not in _LATER:
-                        return Failure(reason)
-                left = started + self.max_wait - time.monotonic()
-                asked_for = _retry_after(response)
-                if left <= 0 or asked_for > left:
-                    if left <= 0 and last_sign_of_life < started:
-                        stop.set()
-                    return Failure(f"{reason} ({attempt + 1} times in {time.monotonic() - started:.0f} s)")
+                if left <= 0 or outcome.retry_after > left:
+                    return Failure(f"{reason} ({attempt + 1} times in {now - started:.0f} s)")
                 pause = min(_LONGEST_PAUSE, self.backoff * 2**attempt) * self._random.uniform(0.5, 1.0)
-                stop.wait(min(max(pause, asked_for), left))
+                stop.wait(min(max(pause, outcome.retry_after), left))
 
         with ThreadPoolExecutor(min(self.max_workers, len(questions))) as pool:
             try:
@@ -208,6 +205,33 @@ class ChatEndpoint:
                 "does it take pictures and these settings?"
             )
         return answers
+
+    def _send(self, messages: list[dict], parameters: dict) -> "Reply | _Trouble":
+        """One attempt."""
+        try:
+            return _read(self._client.chat_completion(messages, model=self.model, temperature=0, **parameters))
+        except OfflineModeIsEnabled:
+            return _Trouble(
+                "huggingface_hub's client sends nothing, not even to a server of one's own, while HF_HUB_OFFLINE or "
+                "TRANSFORMERS_OFFLINE is set",
+                remedy="Unset it.",
+            )
+        except Exception as error:
+            response = _response_of(error)
+            if response is not None:
+                status = response.status_code
+                return _Trouble(
+                    self._excerpt(f"{status} {response.reason_phrase}: {_body(response)}"),
+                    remedy=_NEVER_WORKS.get(status, ""),
+                    server_is_up=status < 500,
+                    is_final=status < 500 and status not in _LATER,
+                    retry_after=_retry_after(response.headers.get("retry-after")),
+                )
+            if isinstance(error, httpx2.HTTPError):
+                return _Trouble(self._excerpt(f"{type(error).__name__}: {error}"))
+            if isinstance(error, (ValueError, TypeError, LookupError, AttributeError)):
+                return Reply("", remark=f"no chat completion: {self._excerpt(str(error))}")
+            raise
 
     def _excerpt(self, text: str) -> str:
         """The beginning of a message of the server, which may quote the key that it was sent."""
@@ -245,24 +269,20 @@ def _response_of(error: BaseException | None) -> httpx2.Response | None:
     return None
 
 
-def _reason(error: Exception, response: httpx2.Response | None) -> str:
-    if response is None:
-        return f"{type(error).__name__}: {error}"
+def _body(response: httpx2.Response) -> str:
     try:
-        body = response.text
-    except httpx2.StreamError:
-        body = ""
-    return f"{response.status_code} {response.reason_phrase}: {body}"
+        return response.text
+    except httpx2.StreamError:  # it broke off
+        return ""
 
 
-def _retry_after(response: httpx2.Response | None) -> float:
+def _retry_after(header: str | None) -> float:
     """Seconds after which a server asks to be tried again: a number, or a date (RFC 9110, 10.2.3)."""
-    asked_for = response.headers.get("retry-after") if response is not None else None
     try:
-        return max(0.0, float(asked_for))
+        return max(0.0, float(header))
     except (TypeError, ValueError):
         pass
     try:
-        return max(0.0, (parsedate_to_datetime(asked_for) - datetime.now(UTC)).total_seconds())
+        return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
     except (TypeError, ValueError):
         return 0.0

@@ -154,8 +154,8 @@ class UnifiedReward(Judge):
         source="https://arxiv.org/abs/2503.05236, https://github.com/CodeGoat24/UnifiedReward",
         license="MIT on the cards of CodeGoat24/UnifiedReward-* that were seen; see the card of the one that you serve",
         hacked_by=(
-            "Small differences, made large by the normalisation of a group (Pref-GRPO, arXiv:2508.20751): saturated, "
-            "glossy pictures of one style. Writing in a picture is read by the judge, and may talk to it."
+            "Tiny differences between marks, made large by the normalisation of a group: Pref-GRPO (arXiv:2508.20751) "
+            "saw marks rise and pictures get worse. Judges also read writing in a picture, which may talk to them."
         ),
     )
     _TEMPLATES: ClassVar[dict[str, str]] = {
@@ -250,13 +250,10 @@ class UniGenBenchReward(Judge):
         ),
         scale="0 to 1, in steps of 1 / number of test points. The benchmark reports means over test points in percent.",
         source="https://arxiv.org/abs/2508.20751, https://arxiv.org/abs/2510.18701, https://github.com/CodeGoat24/UniGenBench",
-        license=(
-            "Not known for CodeGoat24/UniGenBench-EvalModel-*: see the card of the one that you serve. The benchmark's "
-            "prompts are on the Hub under MIT."
-        ),
+        license=("Not checked for CodeGoat24/UniGenBench-EvalModel-*: see the card of the one that you serve."),
         hacked_by=(
-            "It asks what is there, not how it looks: quality and diversity may go. Things stuck beside each other, as "
-            "in a collage, fulfil most test points; so may writing in the picture that names them."
+            "Nothing known, but it asks what is there and not how it looks: quality and diversity may go, and a collage "
+            "of the things asked for, or writing that names them, may do."
         ),
     )
     default_template = (
@@ -340,8 +337,8 @@ class YesNoReward(Judge):
         source="VQAScore, https://arxiv.org/abs/2404.01291; as a reward: https://github.com/X-GenGroup/Flow-Factory",
         license="Of the model that you serve",
         hacked_by=(
-            "It sees what the question names and nothing else, so that quality and diversity may go. Models lean to "
-            "Yes; they read writing in a picture, and may do as it says."
+            "It looks at what the question names and nothing else, so that quality and diversity may go. Models may "
+            "lean to Yes; they read writing in a picture, which may talk to them."
         ),
     )
     default_template = (
