@@ -108,7 +108,7 @@ class Evaluation:
         Yields:
             `int`: How many pictures a batch had.
         """
-        sampling = {**sampling, "num_inference_steps": steps}
+        sampling = {**sampling, "num_inference_steps": steps, "output_type": "pil"}
         for batch in self.missing(model, steps):
             for row, picture in zip(batch, self._sample(pipeline, batch, sampling), strict=True):
                 path = self.picture(model, steps, row)

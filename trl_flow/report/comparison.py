@@ -29,6 +29,7 @@ from urllib.parse import quote
 import jinja2
 import numpy as np
 from PIL import Image
+from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
@@ -220,7 +221,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         for name in (first, columns[1]):
             table.add_column(name)
         for reward in comparison.rewards:
-            table.add_column(reward, justify="right")
+            table.add_column(escape(reward), justify="right")
     for table, places in zip(tables, ([(steps, None) for steps in comparison.steps], tags), strict=False):
         for steps, tag in places:
             table.add_section()
@@ -229,9 +230,10 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
                 for estimate in estimates:
                     mean, interval = format_estimate(estimate, is_change)
                     mean = f"[bold]{mean}[/bold]" if is_change and is_clear(estimate) else mean
-                    # A backslash keeps rich from taking the bracket for markup.
+                    # A backslash keeps rich from taking the bracket for markup; `escape` sees no harm in numbers.
                     texts.append(f"{mean}\n[dim]\\{interval}[/dim]" if interval and tag is None else mean)
-                table.add_row((str(steps) if tag is None else tag) if i == 0 else "", label, *texts)
+                place = (str(steps) if tag is None else tag) if i == 0 else ""
+                table.add_row(escape(place), escape(label), *texts)
     return tables
 
 

@@ -65,6 +65,8 @@ class EvaluateArguments:
             it has such a column.
         prompts_config (`str`, *optional*):
             Configuration of the dataset on the Hub.
+        columns (`list[str]`, *optional*):
+            Columns to keep and what to call them, `caption=prompt`. By default all, as they are called.
         split (`str`, *optional*):
             Split of the prompt set. By default `"train"` for a file, which has no other, else `"test"`.
         num_prompts (`int`, *optional*):
@@ -100,7 +102,15 @@ class EvaluateArguments:
 
     HELP_GROUPS: ClassVar[dict[str, list[str]]] = {
         "Models": ["model", "model_revision", "adapter", "no_base", "dtype", "device"],
-        "Prompts and rewards": ["prompts", "prompts_config", "split", "num_prompts", "rewards", "trust_remote_code"],
+        "Prompts and rewards": [
+            "prompts",
+            "prompts_config",
+            "columns",
+            "split",
+            "num_prompts",
+            "rewards",
+            "trust_remote_code",
+        ],
         "Pictures": ["steps", "images_per_prompt", "seed", "batch_size", "reward_batch_size", "output_dir"],
         "Sampling, by default as in the adapter's run, else as the pipeline has it": list(SAMPLING),
     }
@@ -146,6 +156,13 @@ class EvaluateArguments:
         },
     )
     prompts_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset on the Hub."})
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns to keep and what to call them: `--columns caption=prompt tag`. By default all, as they are "
+            "called."
+        },
+    )
     split: str | None = field(
         default=None,
         metadata={"help": "Split of the prompt set. By default `train` for a file, which has no other, else `test`."},
@@ -406,13 +423,19 @@ def run(args: EvaluateArguments) -> int:
     from rich.console import Console
 
     from ..evaluation import Evaluation, check_settings, digest, write_json
-    from ..prompts import load_prompts
+    from ..prompts import load_prompts, parse_columns
     from ..report.comparison import Comparison, comparison_tables, to_markdown, write_comparison
 
     device = args.device or default_device()
     PartialState(cpu=device == "cpu")  # the libraries' loggers ask it which process this is
     split = args.split or ("train" if Path(args.prompts).is_file() else "test")
-    dataset = load_prompts(args.prompts, split=split, config=args.prompts_config, num_prompts=args.num_prompts)
+    dataset = load_prompts(
+        args.prompts,
+        split=split,
+        config=args.prompts_config,
+        num_prompts=args.num_prompts,
+        columns=parse_columns(split_list(args.columns) or None),
+    )
     if len(dataset) == 0:
         raise ValueError(f"prompts={args.prompts} holds no prompt")
     rewards = load_rewards(args, dataset)
