@@ -144,6 +144,8 @@ class OCRReward(Reward):
         return {"rapidocr": importlib.metadata.version("rapidocr")}
 
     def prepare(self, device: torch.device | None = None):
+        if self._engine is not None:
+            return
         from rapidocr import RapidOCR
 
         self._engine = RapidOCR(
@@ -160,8 +162,7 @@ class OCRReward(Reward):
 
     def read(self, image: Image.Image) -> str:
         """All text of a picture, one line for each text that was found."""
-        if self._engine is None:
-            self.prepare()
+        self.prepare()
         found = self._engine(np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1]))  # it expects BGR
         return "\n".join(in_reading_order(found.boxes, found.txts)) if found.txts else ""
 
@@ -174,8 +175,7 @@ class OCRReward(Reward):
         log_metric=None,
         **kwargs,
     ) -> list[float | None]:
-        if self._engine is None:
-            self.prepare()
+        self.prepare()
         targets = [
             [given] if given and given.strip() else quoted_texts(prompt)
             for prompt, given in zip(prompts, target or [None] * len(prompts), strict=True)
