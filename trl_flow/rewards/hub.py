@@ -131,9 +131,11 @@ def fetch(
         raise ValueError(
             f"{shown} holds no {filename}, only {', '.join(sorted(files)) or 'nothing'}. It is expected there: {place}"
         )
+    # In a log file nobody answers, and the question would only be in the way.
+    someone_is_there = hasattr(sys, "ps1") or (sys.stdin is not None and sys.stdin.isatty())
     try:
         resolve_trust_remote_code(
-            trust_remote_code,
+            trust_remote_code if someone_is_there else bool(trust_remote_code),
             name,
             has_local_code=False,
             has_remote_code=True,

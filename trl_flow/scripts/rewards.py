@@ -172,13 +172,11 @@ def list_rewards() -> int:
     """Built-in rewards, one per line: what they compute, and what they need."""
     from ..rewards import REWARDS
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("reward", "needs", "computes"):
-        table.add_column(column, no_wrap=column == "reward")
+    width = max(map(len, REWARDS))
     for name in REWARDS:
         found = _built_in(name)
-        table.add_row(name, _needs(name, found), _first_sentence(_definition(found)))
-    Console(markup=False).print(table)
+        needs = _needs(name, found)
+        print(f"{name:<{width}}  {_first_sentence(_definition(found))}" + (f" Needs {needs}." if needs else ""))
     print("\n`trl-flow rewards show NAME` says more: scale, source, licence, what hacks it, settings.")
     return 0
 
@@ -214,7 +212,7 @@ def _needs(name: str, reward: Callable | type) -> str:
     settings = reward_settings(reward) if isinstance(reward, type) else {}
     if required := [name for name, parameter in settings.items() if parameter.default is parameter.empty]:
         needs.append(f"setting {', '.join(required)}")
-    return "; ".join(needs) or "-"
+    return "; ".join(needs)
 
 
 def show_reward(args: ShowArguments) -> int:
@@ -233,12 +231,12 @@ def show_reward(args: ShowArguments) -> int:
     else:
         table.add_row("definition", _definition(reward))
     if args.name in REWARDS:
-        table.add_row("needs", _needs(args.name, reward))
+        table.add_row("needs", _needs(args.name, reward) or "nothing more")
     elif requires := getattr(reward, "requires", ()):
         table.add_row("needs", f"column {', '.join(requires)}")
     in_groups = getattr(reward, "scope", "sample") == "group"
     table.add_row("scores", "the pictures of a prompt against each other" if in_groups else "each picture alone")
-    if getattr(reward, "prompt_set", None):
+    if isinstance(getattr(reward, "prompt_set", None), str):
         table.add_row("prompt set", reward.prompt_set)
     if not isinstance(reward, type) and getattr(reward, "source", None):
         table.add_row("from", ", ".join(f"{name} {value}" for name, value in reward.source.items()))
