@@ -399,8 +399,9 @@ def test_gradients_reach_the_pixels(clip, hps, head, name):
     torch.testing.assert_close((gradient * direction).flatten(1).sum(1), differences, rtol=1e-5, atol=1e-9)
 
 
-def test_gradients_after_scores_in_inference_mode(clip):
-    reward = CLIPReward(clip)
+@pytest.mark.parametrize("name", ["clip", "aesthetic"])
+def test_gradients_after_scores_in_inference_mode(clip, head, name):
+    reward = AestheticReward(head, backbone=clip) if name == "aesthetic" else CLIPReward(clip)
     with torch.inference_mode():
         expected = reward(PROMPTS, IMAGES)  # loads, and embeds the prompts
     pixels = tensors([picture(0, 40, 40)] * 4).float().requires_grad_()
