@@ -270,17 +270,20 @@ class TestResults:
         assert (cell["scored"], cell["failed"], cell["interval"]) == (4, 0, [1.0, 1.0])
         del sys.modules["my_rewards"]
 
-    def test_reward_that_says_nothing_stops_the_command(self, evaluate, tmp_path, monkeypatch):
+    def test_reward_that_says_nothing(self, evaluate, tmp_path, monkeypatch):
         (tmp_path / "silent_rewards.py").write_text(
             "from trl_flow.rewards import RewardUnavailableError\n"
             "def gone(prompts, **kwargs): raise RewardUnavailableError('refused')\n"
-            "def silent(prompts, **kwargs): return [float('nan')] * len(prompts)\n"
+            "def broken(prompts, **kwargs): raise TypeError('a bug')\n"
         )
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(tmp_path)
-        for name, cause in (("gone", "RewardUnavailableError: refused"), ("silent", "returned NaN for all")):
-            code, results, printed = evaluate(tmp_path / "out", rewards=f"silent_rewards.{name}")
-            assert code == 1 and results is None and cause in printed
+        code, results, printed = evaluate(tmp_path / "out", rewards="silent_rewards.gone")
+        assert code == 1 and results is None and "reward gone is not available: refused" in printed
+        code, results, printed = evaluate(tmp_path / "out", rewards="silent_rewards.broken,pipelines.redness")
+        assert code == 0 and "0 of 5 pictures scored (5 failed)" in printed and "says why scores failed" in printed
+        assert find(results, reward="broken", tag=None)["mean"] is None
+        assert find(results, reward="redness", tag=None)["scored"] == 5
 
     def test_rewards_that_cannot_be_scored_here(self, evaluate, tmp_path, monkeypatch):
         (tmp_path / "odd_rewards.py").write_text(

@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +59,8 @@ class Evaluation:
         seed (`int`, *optional*, defaults to 0): Of the noise.
         batch_size (`int`, *optional*, defaults to 4): Pictures that are made at once.
         reward_batch_size (`int`, *optional*, defaults to 32): Pictures that are scored at once.
+        versions (`dict[str, str]`, *optional*): Of the rewards: the same name may stand for other settings or another
+            commit in the next evaluation, whose scores are others.
     """
 
     folder: Path
@@ -67,6 +69,7 @@ class Evaluation:
     seed: int = 0
     batch_size: int = 4
     reward_batch_size: int = 32
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_pictures(self) -> int:
@@ -128,7 +131,9 @@ class Evaluation:
         return [pictures_of(output, pipeline)[0]]
 
     def score_file(self, model: str, steps: int, reward: str) -> Path:
-        return self.folder / "scores" / model / f"{steps}_steps" / f"{reward}.json"
+        """File of a reward's scores."""
+        name = ".".join([reward, self.versions[reward]] if reward in self.versions else [reward])
+        return self.folder / "scores" / model / f"{steps}_steps" / f"{name}.json"
 
     def read_scores(self, model: str, steps: int, reward: str) -> dict:
         """
@@ -163,7 +168,7 @@ class Evaluation:
             `int`: How many pictures a batch had.
 
         Raises:
-            ValueError: If the reward is not available, or has a score for none of the first pictures.
+            ValueError: If the reward is not available, for whatever pictures.
         """
         known = self.read_scores(model, steps, name)
         columns = [column for column in self.dataset.column_names if column != "prompt"]
@@ -179,13 +184,11 @@ class Evaluation:
             )
             errors = scores.errors[name]
             gone = next((error for error in errors if isinstance(error, RewardUnavailableError)), None)
-            if gone is not None or (not known["scores"] and scores.failed.all()):
-                cause = gone or (errors[0] if errors else None)
+            if gone is not None:
                 raise ValueError(
-                    f"reward {name} has no score for pictures of {model} at {steps} steps: "
-                    f"{f'{type(cause).__name__}: {cause}' if cause else 'it returned NaN for all of them'}. What was made "
-                    f"is in {self.folder}; the same command goes on from there."
-                ) from cause
+                    f"reward {name} is not available: {gone}. What was made is in {self.folder}; the same command goes on "
+                    "from there."
+                ) from gone
             # Exceptions come in the order of their pictures; which ones returned NaN instead is not told.
             messages = iter([f"{type(error).__name__}: {error}" for error in errors])
             exact = len(errors) == int(scores.failed.sum())

@@ -122,6 +122,14 @@ class TestComparison:
         assert comparison.cell(4, "run", "clip", "a")["interval"] is None
         assert compare([[1.0]], [[1.0]], tags=["a"]).tag_names == []
 
+    def test_intervals_of_few_prompts_are_told_of(self):
+        def notes(number, tags=None):
+            return " ".join(compare(np.ones((number, 1)), np.ones((number, 1)), tags=tags).notes())
+
+        assert "such as these" in notes(19) and "fewer than" not in notes(20)
+        assert "such as small tags" in notes(30, ["a"] * 15 + ["b"] * 15)
+        assert "fewer than" not in notes(40, ["a"] * 20 + ["b"] * 20)
+
     def test_mean_of_each_prompt(self):
         assert prompt_means(np.array([[1.0, 2.0], [NAN, 4.0], [NAN, NAN]])) == pytest.approx(
             [1.5, 4, NAN], nan_ok=True
@@ -141,7 +149,7 @@ class TestTables:
         ]
         assert "| 10 | base | 1.000 [1.000, 1.000] |" in lines
         assert "| x\\|y | base | 1.000 [1.000, 1.000] |" in lines
-        assert "same prompts, same noise" in lines[-1]
+        assert any("same prompts, same noise" in line for line in lines)
 
     def test_terminal(self):
         console = Console(width=100, file=io.StringIO())

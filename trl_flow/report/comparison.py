@@ -37,6 +37,7 @@ from .text import format_change, format_number
 
 
 RESAMPLES = 5000
+FEW_PROMPTS = 20  # with fewer, the percentile bootstrap is known to be too sure of itself
 PROMPTS_IN_PAGE = 500
 SMALL = 128  # pixels; smaller pictures are enlarged without smoothing
 
@@ -180,6 +181,12 @@ class Comparison:
             notes[0] += (
                 " Differences are paired (same prompts, same noise); bold where the interval does not contain 0."
             )
+        smallest = min([len(scores), *(sum(str(own) == tag for own in self.tags) for tag in self.tag_names)])
+        if smallest < FEW_PROMPTS:
+            where = "these" if len(scores) < FEW_PROMPTS else "small tags"
+            notes.append(
+                f"Intervals of fewer than {FEW_PROMPTS} prompts, such as {where}, are narrower than they should be."
+            )
         for cell in self.cells():
             if cell["tag"] is None and cell["scored"] < cell["pictures"]:
                 inapplicable = cell["pictures"] - cell["scored"] - cell["failed"]
@@ -219,9 +226,9 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         tables.append(Table(title=f"Scores by tag, {tags[0][0]} steps", title_justify="left"))
     for table, first in zip(tables, ("steps", "tag"), strict=False):
         for name in (first, columns[1]):
-            table.add_column(name)
+            table.add_column(name, overflow="fold")
         for reward in comparison.rewards:
-            table.add_column(escape(reward), justify="right")
+            table.add_column(escape(reward), justify="right", overflow="fold")
     for table, places in zip(tables, ([(steps, None) for steps in comparison.steps], tags), strict=False):
         for steps, tag in places:
             table.add_section()

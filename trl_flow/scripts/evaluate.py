@@ -389,19 +389,17 @@ def make_pictures(
                 pipeline = None  # the next adapter gets a pipeline that was never trained
 
 
-def make_scores(
-    evaluation: "Evaluation", rewards: dict[str, Callable], models: list[str], steps: list[int], files: dict[str, str]
-) -> None:
+def make_scores(evaluation: "Evaluation", rewards: dict[str, Callable], models: list[str], steps: list[int]) -> None:
     """All scores that are missing, reward by reward, so that no two need to be on the device at once."""
     sets = [(model, count) for model in models for count in steps]
-    total = sum(len(batch) for name in rewards for place in sets for batch in evaluation.unscored(*place, files[name]))
+    total = sum(len(batch) for name in rewards for place in sets for batch in evaluation.unscored(*place, name))
     if total == 0:
         return
     with tqdm(total=total, desc="scores", unit="picture", disable=None) as bar:
         for name, reward in rewards.items():
             for model, count in sets:
                 bar.set_description(f"{name}, {model}, {count} steps")
-                for scored in evaluation.make_scores(reward, files[name], model, count):
+                for scored in evaluation.make_scores(reward, name, model, count):
                     bar.update(scored)
             if hasattr(reward, "release"):
                 reward.release()
@@ -457,6 +455,10 @@ def run(args: EvaluateArguments) -> int:
         # Pictures to start from may differ in size, which no pipeline takes at once.
         batch_size=1 if "image" in dataset.column_names else args.batch_size,
         reward_batch_size=args.reward_batch_size,
+        versions={
+            name: digest([spec, getattr(reward, "source", None)])
+            for (name, reward), spec in zip(rewards.items(), args.rewards, strict=True)
+        },
     )
     sampling = {name: value for name in SAMPLING if (value := _given(args, config, name)) is not None}
     settings = {
@@ -470,24 +472,19 @@ def run(args: EvaluateArguments) -> int:
     versions = {name: adapter_version(*place) for name, place in adapters.items()}
     check_settings(evaluation.folder, settings, versions, dataset)
 
-    # The same name may stand for other settings or another commit in the next evaluation.
-    files = {
-        name: f"{name}.{digest([spec, getattr(reward, 'source', None)])}"
-        for (name, reward), spec in zip(rewards.items(), args.rewards, strict=True)
-    }
     for name, reward in rewards.items():
-        if any(evaluation.unscored(model, steps, files[name]) for model in models for steps in args.steps):
+        if any(evaluation.unscored(model, steps, name) for model in models for steps in args.steps):
             # Weights that are missing and servers that are gone stop the command before any work is spent.
             if hasattr(reward, "prepare"):
                 reward.prepare(torch.device(device))
             if hasattr(reward, "release"):
                 reward.release()
     make_pictures(args, evaluation, adapters, models, config)
-    make_scores(evaluation, rewards, models, args.steps, files)
+    make_scores(evaluation, rewards, models, args.steps)
 
     tags = dataset["tag"][:] if "tag" in dataset.column_names else None
     found = {
-        (model, steps, name): evaluation.scores(model, steps, files[name])
+        (model, steps, name): evaluation.scores(model, steps, name)
         for model in models
         for steps in args.steps
         for name in rewards
@@ -511,6 +508,8 @@ def run(args: EvaluateArguments) -> int:
     for note in comparison.notes():
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     folder = evaluation.folder
+    if any(cell["failed"] for cell in comparison.cells()):
+        print(f"{folder / 'scores'} says why scores failed; the same command asks for them again.")
     print(f"Wrote {folder / 'results.json'}, {folder / 'results.md'} and {page}")
     return 0
 
