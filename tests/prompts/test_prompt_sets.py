@@ -132,6 +132,7 @@ CALLS = {
     "nobody": {"name": "user/nobody"},
     "pictures": {"name": "user/pictures", "columns": {"caption": "prompt"}},
 }
+KEPT = ("two", "test", "drawbench", "hpdv2", "unigenbench test", "plain")  # calls to be repeated without a Hub
 
 
 def load(hub, path: Path, calls: dict[str, dict], **environment) -> dict[str, dict]:
@@ -179,7 +180,7 @@ def seen(tmp_path_factory):
         hub.add("dataset", "user/pictures", {"data/train-0.parquet": parquet(rows, row_group_size=12)})
         results = load(hub, path / "calls", CALLS, HF_HOME=str(path / "home"))
         hub.stop()
-        again = {name: CALLS[name] for name in ("two", "test", "drawbench", "hpdv2")}
+        again = {name: CALLS[name] for name in KEPT}
         again["never"] = {"name": "parti", "split": "test", "revision": "main"}
         gone = load(hub, path / "again", again, HF_HOME=str(path / "home"), HF_HUB_OFFLINE="1")
     return results, sent, gone
@@ -247,7 +248,7 @@ class TestNamedSets:
     def test_nothing_is_loaded_twice(self, seen):
         """Without a Hub, what was loaded before comes from the disk, and else the error says so."""
         results, _, gone = seen
-        for call in ("two", "test", "drawbench", "hpdv2"):
+        for call in KEPT:
             assert gone[call] == results[call]
         assert "HF_HUB_OFFLINE is set" in gone["never"]["error"]
 
@@ -460,9 +461,9 @@ class TestTrainersDatasets:
 
     @pytest.mark.parametrize("known", [True, False])
     def test_pictures_in_a_stream(self, known):
-        picture = Picture.new("RGB", (4, 3), (200, 20, 20))
+        picture = Picture.frombytes("RGB", (4, 3), random.Random(0).randbytes(36))
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG")
+        picture.save(buffer, "JPEG", quality=30)
         if known:
             rows = {"prompt": ["edit it"], "image": [{"bytes": buffer.getvalue(), "path": None}]}
             features = Features({"prompt": Value("string"), "image": Image()})

@@ -106,10 +106,11 @@ PROMPT_SETS = {
     ),
     "ocr": PromptSet(
         description="Signs, labels and posters with a text in double quotes that the picture must show.",
-        parts={"train": Part(), "test": Part()},
+        parts={"train": Part(6_000), "test": Part(1_000)},
         license="Apache-2.0",
         source="the OCR task of Flow-GRPO, arXiv:2505.05470, after which they are generated here",
-        checked="generated here, tested here; not the 1,018 test prompts of the paper",
+        checked="generated here, tested here; not the prompts of the paper's files",
+        columns=("target",),
         rewards=("ocr",),
         generator=".ocr:ocr_dataset",
     ),
