@@ -54,7 +54,6 @@ COLUMNS = Features(
 )
 # A row is megabytes: so many are in memory before they are written.
 WRITER_BATCH_SIZE = 8
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 # ---- What conditions depend on ----
@@ -109,9 +108,10 @@ def _contents(tensor: Any) -> Iterator:
         for name in tensor.__tensor_flatten__()[0]:
             yield from _contents(getattr(tensor, name))
     else:
-        bits = tensor.detach().view(BITS[tensor.element_size()]).flatten()
-        yield tuple(tensor.shape), tensor.dtype, bits.sum(dtype=torch.int64).item()
-        yield bits[:: max(1, len(bits) // 16)].tolist()
+        bits = tensor.detach().flatten().view(torch.uint8)
+        words = bits[: len(bits) // 8 * 8].clone().view(torch.int64)  # aligned, which a part of a file may not be
+        yield tuple(tensor.shape), tensor.dtype, words.sum().item(), bits[8 * len(words) :].tolist()
+        yield words[:: max(1, len(words) // 16)].tolist()
 
 
 def _files(component: Any) -> Iterator[tuple[str, Any]]:
@@ -325,7 +325,7 @@ def encode_prompts(
     for number, content in enumerate(_row_contents(dataset, with_pictures)):
         rows.setdefault(content, number)
     different = list(rows.items())
-    folder = datasets.config.HF_DATASETS_CACHE / "trl-flow"
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "trl-flow"
     folder.mkdir(parents=True, exist_ok=True)
     chunks = {}
     for start in range(0, len(different), chunk_size):

@@ -14,7 +14,7 @@
 
 """The frozen models that a pipeline encodes with, and their leave from the device while no prompt is new."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -41,6 +41,21 @@ class Encoders:
         }
         self.home: torch.device | str | None = None
         self._here = True
+
+    def spare(self, call: Callable[[], object]):
+        """Encoders that `call` runs will not leave: a few pipelines encode in methods that no one can answer for."""
+        used = set()
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, name=name: used.add(name))
+            for name, model in self.models.items()
+            for module in model.modules()
+        ]
+        try:
+            call()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.models = {name: model for name, model in self.models.items() if name not in used}
 
     def leave(self, home: torch.device | str):
         """Moves the encoders to `home`, where they wait for the next [`come`]."""

@@ -343,7 +343,7 @@ class FlowPolicy(nn.Module):
         Moves the text and picture encoders to another device. They come back for prompts that are new, and leave again.
         A call of the pipeline itself needs them back: `pipeline.to(device)`.
         """
-        self.blank()  # which is asked for again and again
+        self.encoders.spare(lambda: self.sigmas(2))
         for pipeline in (self._idle, self._query):
             compute_beside(pipeline, self.components[0])
         self.encoders.leave(device)
