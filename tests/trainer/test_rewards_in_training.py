@@ -233,12 +233,17 @@ def test_means_by_tag(make_trainer):
 
 
 class FromHub(Reward):
+    """Knows its commit once it is loaded, as models do."""
+
     def __init__(self, revision):
-        self.revision = revision
+        self.revision, self.loaded = revision, False
+
+    def prepare(self, device):
+        self.loaded = True
 
     @property
     def source(self):
-        return {"repository": "user/bright", "revision": self.revision}
+        return {"repository": "user/bright", **({"revision": self.revision} if self.loaded else {})}
 
     def __call__(self, prompts, images, **kwargs):
         return brightness(images)

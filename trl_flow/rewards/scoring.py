@@ -214,6 +214,7 @@ def check_rewards(
     rows: list[dict],
     image_size: tuple[int, int],
     num_frames: int | None = None,
+    trained: bool = True,
     **extras,
 ):
     """
@@ -223,11 +224,14 @@ def check_rewards(
         rows (`list[dict]`): A few rows of the dataset.
         image_size (`tuple[int, int]`): Width and height in pixels.
         num_frames (`int`, *optional*): For videos.
+        trained (`bool`, *optional*, defaults to `True`): Whether there must be a score of one of them.
 
     Raises:
-        ValueError: If a function raises for every sample, or returns the wrong number of scores, no numbers, or no
-            score at all.
+        ValueError: If a function raises for every sample, or returns the wrong number of scores, or no numbers; if none
+            of them has a score.
     """
+    if not reward_funcs:
+        return
     if any(getattr(function, "scope", "sample") == "group" for function in reward_funcs):
         rows = [row for row in rows for _ in range(2)]  # one picture alone cannot be compared
     images = [Image.new("RGB", image_size, (128, 128, 128)) for _ in rows]
@@ -244,7 +248,7 @@ def check_rewards(
             ) from error
         if column.isnan().all():
             logger.warning(f"Reward {name!r} has no score for any of {len(images)} grey test pictures.")
-    if values.isnan().all():
+    if trained and values.isnan().all():
         raise ValueError(
             f"On {len(images)} grey test pictures no reward function ({', '.join(reward_names)}) returned a score."
         )

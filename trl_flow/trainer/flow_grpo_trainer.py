@@ -560,6 +560,8 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         elif self.is_world_process_zero():
             check_output_dir(self.args.output_dir)
         self.check_reward_functions()
+        if resume_from_checkpoint:
+            self.check_reward_sources(resume_from_checkpoint)
         if self.args.precompute_prompts:
             self.precompute_prompts()
         self.write_run_file()

@@ -195,18 +195,24 @@ class RolloutMixin:
 
     def check_reward_functions(self):
         """Calls the reward functions on test pictures, so that one that cannot work is found before any work is spent."""
-        rows = [self.train_dataset[number] for number in range(min(2, len(self.train_dataset)))]
+        self.prepare_rewards(self.reward_funcs + self.eval_reward_funcs)
         height, width = self.policy.image_size
-        check_rewards(
-            self.reward_funcs + self.eval_reward_funcs,
-            self.reward_names + self.eval_reward_names,
-            rows,
-            (width, height),
-            self.policy.num_frames,
-            trainer_state=self.state,
-            log_extra=lambda column, values: None,
-            log_metric=lambda name, value: None,
-        )
+        watched_on = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        for functions, names, dataset, trained in (
+            (self.reward_funcs, self.reward_names, self.train_dataset, True),
+            (self.eval_reward_funcs, self.eval_reward_names, watched_on, False),
+        ):
+            check_rewards(
+                functions,
+                names,
+                [dataset[number] for number in range(min(2, len(dataset)))],
+                (width, height),
+                self.policy.num_frames,
+                trained,
+                trainer_state=self.state,
+                log_extra=lambda column, values: None,
+                log_metric=lambda name, value: None,
+            )
 
     def start_rewards(
         self, reward_funcs, reward_names, rows: list[dict], images: list, groups: list | None = None
@@ -218,10 +224,7 @@ class RolloutMixin:
             `Callable`: Waits for the scores `(n, R)`, float64 on the CPU, NaN where there is none, and for where they are
             missing because a function failed.
         """
-        for function in reward_funcs:
-            if hasattr(function, "prepare") and not any(function is known for known in self._prepared_rewards):
-                function.prepare(self.accelerator.device)
-                self._prepared_rewards.append(function)
+        self.prepare_rewards(reward_funcs)
         collect = start_scoring(
             self._reward_threads,
             reward_funcs,
@@ -249,6 +252,13 @@ class RolloutMixin:
     def calculate_rewards(self, reward_funcs, reward_names, rows: list[dict], images: list) -> torch.Tensor:
         """Scores of shape `(n, R)`, float64 on the CPU; NaN where there is none."""
         return self.start_rewards(reward_funcs, reward_names, rows, images)()[0]
+
+    def prepare_rewards(self, reward_funcs):
+        """Lets the reward functions load what they need, once."""
+        for function in reward_funcs:
+            if hasattr(function, "prepare") and not any(function is known for known in self._prepared_rewards):
+                function.prepare(self.accelerator.device)
+                self._prepared_rewards.append(function)
 
     def release_rewards(self, reward_funcs):
         """Lets the reward functions free what they need only while they score."""

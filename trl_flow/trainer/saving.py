@@ -51,28 +51,25 @@ class SavingMixin:
                 f"resume_from_checkpoint={checkpoint}: it holds no {state.name}, so it is not a checkpoint of this "
                 "library, or was made with fewer processes or with save_only_model=True."
             )
-        found = torch.load(state, weights_only=True, map_location="cpu")
-        method, sources = found["method"], found.get("reward_sources", {})
+        method = torch.load(state, weights_only=True, map_location="cpu")["method"]
         if method != self._name:
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint} is a checkpoint of {method}, but this trainer is "
                 f"{self._name}. Resume it with its own trainer."
             )
 
+    def check_reward_sources(self, checkpoint: str):
+        """Refuses rewards that are of another revision than those that the checkpoint was trained with."""
+        before, now = self._rollout_state(checkpoint).get("reward_sources", {}), self.reward_sources
         changed = [
-            name
-            for name in sources
-            if name in self.reward_sources
-            and sources[name].get("revision") != self.reward_sources[name].get("revision")
+            f"the reward {name!r} was {before[name]} and is {now[name]} now"
+            for name in before.keys() & now.keys()
+            if before[name].get("revision") != now[name].get("revision")
         ]
         if changed:
             raise ValueError(
-                f"resume_from_checkpoint={checkpoint}: "
-                + "; ".join(
-                    f"the reward {name!r} was {sources[name]} and is {self.reward_sources[name]} now"
-                    for name in changed
-                )
-                + ". Name the revision that the run began with: 'user/repo@commit'."
+                f"resume_from_checkpoint={checkpoint}: {'; '.join(sorted(changed))}. Name the revision that the run began "
+                "with ('user/repo@commit', or the setting `revision`)."
             )
 
     @property
