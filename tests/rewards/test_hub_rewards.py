@@ -15,6 +15,9 @@
 """Rewards from the Hub and from directories: consent, revisions, requirements, and what is said when something is wrong."""
 
 import json
+import os
+import sys
+from contextlib import nullcontext
 
 import pytest
 from loopback_hub import LoopbackHub
@@ -140,7 +143,9 @@ def results(tmp_path_factory):
         hub.add("model", "user/alone", {"reward.py": "from .words import WORDS\n"})
         hub.add("model", "user/hungry", {"reward.py": "import no_such_package\n"})
         hub.add("model", "user/needy", {"reward.py": WITNESS, "requirements.txt": "numpy\nno-such-package>=1.5\n"})
+        hub.fault = lambda method, path: 503 if "user/busy" in path else None
         cases = {
+            "busy": ("load_reward", ["user/busy"], trust),
             "first": ("load_reward", ["user/scorer"], {"revision": first, **trust}),
             "second": ("load_reward", [f"user/scorer@{second}"], trust),
             "short": ("load_reward", [f"user/scorer@{first[:10]}"], trust),
@@ -243,6 +248,10 @@ class TestHub:
             ("no repository", "ValueError: reward='user/nothing': the Hub has no model repository of that name"),
             ("no revision", "ValueError: reward='user/scorer' has no revision 'v9'"),
             ("strange revision", "ValueError: reward='user/scorer' has no revision '../../user/weights'"),
+            (
+                "busy",
+                "ValueError: reward='user/busy': the Hub could not be asked for it (HfHubHTTPError: Server error '503",
+            ),
             ("no reward.py", "holds no reward.py, only config.json, model.safetensors."),
             ("no function", "`reward(prompts, images, **kwargs)`, or a subclass of trl_flow.rewards.Reward"),
             ("a number", "it calls a int so"),
@@ -290,6 +299,18 @@ class TestDirectory:
         assert not witness.exists()
         load_reward(str(directory), trust_remote_code=True)
         assert witness.exists()
+
+    @pytest.mark.parametrize("answer, ran", [("y", True), ("n", False)])
+    def test_asks_whoever_is_there(self, directory, witness, monkeypatch, capsys, answer, ran):
+        terminal, other_end = os.openpty()
+        with os.fdopen(other_end) as keyboard:
+            monkeypatch.setattr(sys, "stdin", keyboard)
+            os.write(terminal, f"{answer}\n".encode())
+            with nullcontext() if ran else pytest.raises(ValueError, match="no consent to run it"):
+                load_reward(str(directory))
+        os.close(terminal)
+        assert witness.exists() is ran
+        assert f"not been reviewed by anyone but its author: {directory}" in capsys.readouterr().out
 
     def test_changed_code_is_another_revision(self, directory):
         old = load_reward(str(directory), trust_remote_code=True)

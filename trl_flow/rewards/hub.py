@@ -194,10 +194,11 @@ def import_file(path: Path, source: dict[str, str], shown: str) -> ModuleType:
     """
     Import a Python file so that it may import those beside it (`from .words import WORDS`).
 
-    The package's name holds the revision: several revisions live side by side, and one is imported once.
+    It belongs to a package whose name holds place and revision: several revisions live side by side, and one is
+    imported once.
     """
-    origin = source.get("repository") or source["directory"]
-    package = f"trl_flow_reward_{re.sub(r'[^a-zA-Z0-9]', '_', origin)}_{source['revision']}"
+    key = hashlib.sha256(f"{path.parent}@{source['revision']}".encode()).hexdigest()[:16]
+    package = f"trl_flow_reward_{key}"
     if package not in sys.modules:
         sys.modules[package] = ModuleType(package)
         sys.modules[package].__path__ = [str(path.parent)]

@@ -17,6 +17,7 @@
 import argparse
 import dataclasses
 import difflib
+import importlib
 import inspect
 import json
 import re
@@ -182,8 +183,6 @@ def list_rewards() -> int:
 
 
 def _built_in(name: str) -> Callable | type:
-    import importlib
-
     from ..rewards import REWARDS
 
     module_name, attribute = REWARDS[name].split(":")
@@ -334,8 +333,8 @@ def push(args: PushArguments) -> int:
             "reward.py. Save weights as safetensors."
         )
     if args.check:
-        name = str(directory.resolve())
-        if not _check_directory(name, args.trust_remote_code):
+        checked = CheckArguments(name=str(directory.resolve()), trust_remote_code=args.trust_remote_code)
+        if not _check(checked.load(), checked):
             print("Not pushed. --no_check pushes all the same.", file=sys.stderr)
             return 1
     api = HfApi()
@@ -351,11 +350,6 @@ def push(args: PushArguments) -> int:
     )
     print(f"Pushed to {api.endpoint}/{args.repository}. To use exactly this code:\n{args.repository}@{commit.oid}")
     return 0
-
-
-def _check_directory(directory: str, trust_remote_code: bool) -> bool:
-    args = CheckArguments(name=directory, trust_remote_code=trust_remote_code)
-    return _check(args.load(), args)
 
 
 def serve(args: ServeArguments) -> int:
