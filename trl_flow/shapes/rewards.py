@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ..rewards.reward import About
 from .pictures import SIZE, area, distance, relations
 from .prompts import BACKGROUND, COLORS, SHAPES, parse_prompt
 
@@ -208,3 +209,32 @@ def shapes_reward(prompts: "list[str]", images: "list[Image.Image]", **kwargs) -
 
 # The prompts that a trainer takes when it is given one of these rewards and no data set.
 shapes_partial.prompt_set = shapes_strict.prompt_set = shapes_reward.prompt_set = "shapes"
+
+_SEEN = "as segmentation by colour, connected components and the best fitting shape see them"
+_HACKED = (
+    "Black shapes where the prompt names no colour: black is easiest to draw crisply. Nothing else counts than the objects: a "
+    "pipeline that draws other things as well is not what this world is for."
+)
+_SOURCE = "This library; the terms and tags are GenEval's, arXiv:2310.11513."
+shapes_partial.about = About(
+    definition="Mean over what the prompt asks for of exact count, colour and position, over one plus the number of other "
+    f"objects, {_SEEN}.",
+    scale="0 to 1.",
+    source=_SOURCE,
+    license="No weights.",
+    hacked_by="Being half right everywhere, since half is worth a half. " + _HACKED,
+)
+shapes_strict.about = About(
+    definition=f"1 where the picture shows what the prompt asks for and nothing else, else 0, {_SEEN}.",
+    scale="0 or 1.",
+    source=_SOURCE,
+    license="No weights.",
+    hacked_by=_HACKED,
+)
+shapes_reward.about = About(
+    definition="Mean of shapes_partial and shapes_strict.",
+    scale="0 to 1.",
+    source=_SOURCE,
+    license="No weights.",
+    hacked_by=_HACKED,
+)
