@@ -135,7 +135,7 @@ def check_reward(
 
 
 def draw(prompt: str, size: tuple[int, int], seed: int) -> Image.Image:
-    """A picture with what is quoted in the prompt (or all of it) written on shapes that depend on the seed."""
+    """Shapes that depend on the seed, and, but for every fourth seed, what is quoted in the prompt (or all of it)."""
     width, height = size
     choose = random.Random(seed)
 
@@ -149,6 +149,8 @@ def draw(prompt: str, size: tuple[int, int], seed: int) -> Image.Image:
         x, y = choose.randrange(width), choose.randrange(height)
         shape = choose.choice((canvas.ellipse, canvas.rectangle))
         shape((x - width // 6, y - height // 6, x + width // 6, y + height // 6), fill=color())
+    if seed % 4 == 3:
+        return image
     text = prompt.split('"')[1] if prompt.count('"') >= 2 else prompt
     font = ImageFont.load_default(max(8, min(height // 6, int(1.8 * width / max(1, len(text))))))
     place = {"anchor": "mm", "fill": "white", "stroke_width": max(1, height // 100), "stroke_fill": "black"}
