@@ -23,6 +23,7 @@ import os
 import random
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from urllib.parse import urlsplit
@@ -40,8 +41,6 @@ TOKEN_VARIABLE = "TRL_FLOW_REWARD_TOKEN"
 PATIENCE = 5.0  # seconds
 # The server is busy or restarting; anything else that is no success stays as it is however often it is asked.
 RETRIED = {408, 409, 429, *range(500, 600)}
-# Arguments of a reward function that are no columns of the dataset.
-_NO_COLUMNS = {"completions", "videos", "trainer_state", "log_extra", "log_metric"}
 
 
 class RemoteReward(Reward):
@@ -151,7 +150,7 @@ class RemoteReward(Reward):
             ValueError: If the server refuses the request or answers with something else than scores.
         """
         n = len(images)
-        columns = self._sendable({**kwargs}, n)
+        columns = self._sendable(kwargs, n)
         size = n if self.scope == "group" else self.batch_size or self.served.get("batch_size") or 16
         # Set when one request has failed for good, so that the others do not wait on.
         stop = threading.Event()
@@ -176,7 +175,8 @@ class RemoteReward(Reward):
         """The columns that are to be sent."""
         columns = {}
         for name, values in kwargs.items():
-            if name in _NO_COLUMNS or not isinstance(values, list) or len(values) != n:
+            # The trainer's state and log functions are no columns; its pictures are no JSON.
+            if not isinstance(values, list) or len(values) != n:
                 continue
             if self.columns is not None and name not in self.columns:
                 continue
@@ -184,7 +184,7 @@ class RemoteReward(Reward):
                 json.dumps(values)
             except (TypeError, ValueError) as error:
                 if name in (self.columns or ()) or name in self.requires:
-                    raise ValueError(f"column {name!r} cannot be sent to {self.url}: JSON has no {error}.") from error
+                    raise ValueError(f"column {name!r} cannot be sent to {self.url}: {error}.") from error
                 continue
             columns[name] = values
         return columns
@@ -300,8 +300,8 @@ def read_token(token: str | None) -> str | None:
 def encode(image: Image.Image) -> str:
     """A picture as base64 of a PNG: what is scored is what was made, to the last bit."""
     buffer = io.BytesIO()
-    # Low compression: four times as fast, and the network is seldom what takes long.
-    image.convert("RGB").save(buffer, format="PNG", compress_level=1)
+    # On pictures 3 times as fast as Pillow's default, and as small.
+    image.convert("RGB").save(buffer, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
