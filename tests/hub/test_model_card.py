@@ -208,3 +208,31 @@ class TestCreateModelCard:
         assert card.data.license is None
         assert "``," not in card.text
         ast.parse(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1])
+
+
+def test_where_the_rewards_came_from(tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    make_card(
+        tmp_path,
+        reward_names=["sharp", "bright", "mine"],
+        eval_reward_names=["clip", "judge", "tidy"],
+        reward_sources={
+            "sharp": {"repository": "user/sharp", "revision": commit},
+            "mine": {"directory": "/home/somebody/rewards/mine", "revision": "abc"},
+            "clip": {"weights": "openai/clip-vit-large-patch14"},
+            "judge": {"model": "Judge-7b", "endpoint": "http://localhost:8000"},
+            "tidy": {"space": "user/tidy", "revision": commit},
+        },
+    )
+    text = (tmp_path / "README.md").read_text()
+    assert (
+        f"Rewards: `sharp` (repository [user/sharp](https://huggingface.co/user/sharp/tree/{commit}), at `{commit}`), "
+        "`bright`, `mine` (directory mine, at `abc`)\n"
+    ) in text
+    assert (
+        "Watched, never trained on: `clip` (weights [openai/clip-vit-large-patch14]"
+        "(https://huggingface.co/openai/clip-vit-large-patch14)), `judge` (model Judge-7b, endpoint "
+        f"http://localhost:8000), `tidy` (space [user/tidy](https://huggingface.co/spaces/user/tidy/tree/{commit}), at "
+        f"`{commit}`)\n"
+    ) in text
+    assert "somebody" not in text

@@ -228,7 +228,7 @@ def test_from_a_space(tmp_path, witness):
         assert "no consent" in found[name]["error"] and not found[name]["ran"]
         assert f"/spaces/user/brightness/tree/{second}" in found[name]["error"]
     for name, sha, scale in (("first", first, 1), ("second", second, 2), ("as argument", first, 1)):
-        assert found[name]["source"] == {"repository": "user/brightness", "revision": sha}
+        assert found[name]["source"] == {"space": "user/brightness", "revision": sha}
         assert found[name]["scores"] == [30 * scale] and found[name]["ran"]
     assert "the Hub has no Space of that name" in found["unknown"]["error"]
     assert f"evaluate:user/brightness@{second}" in result.stderr  # how to pin what was loaded by its name

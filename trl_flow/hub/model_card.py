@@ -471,7 +471,8 @@ def _reward_text(name: str, source: Mapping[str, str] | None) -> str:
             place = f"https://huggingface.co/{'spaces/' if kind == 'space' else ''}{value}"
             parts.append(f"{kind} [{value}]({place}{f'/tree/{revision}' if revision else ''})")
         else:
-            parts.append(f"{kind} {value}")
+            # Where it lies on this machine is nobody's business.
+            parts.append(f"{kind} {Path(value).name if os.path.isabs(value) else value}")
     if revision:
         parts.append(f"at `{revision}`")
     return f"`{name}`" + (f" ({', '.join(parts)})" if parts else "")

@@ -125,7 +125,7 @@ def fetch(
             commit, files = revision, [path.name for path in directory.iterdir()]
         else:
             commit, files = _ask_hub(name, revision, repo_type, shown)
-        source = {"repository": name, "revision": commit}
+        source = {"space" if repo_type == "space" else "repository": name, "revision": commit}
         place = f"{HfApi().endpoint}/{'spaces/' if repo_type == 'space' else ''}{name}/tree/{commit}"
     if filename not in files:
         raise ValueError(
