@@ -141,6 +141,12 @@ def test_scores_are_those_of_a_direct_call():
     assert scores[:20] == [1.0] * 20 and max(scores[20:]) < 1
 
 
+def test_proxies_are_not_asked_for_this_machine(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with serving(load_reward("shapes")) as server:
+        assert RemoteReward(server.url, max_wait=0.1)(prompts=["a red circle"], images=noise(1)) == [0.0]
+
+
 def test_numbers_and_pictures_survive_to_the_last_bit():
     def reward(images, prompts, **kwargs):
         means = [float(np.asarray(image, dtype=np.float64).mean()) for image in images]
@@ -582,6 +588,12 @@ def test_settings_that_make_no_sense(monkeypatch):
             return []
 
         RewardServer(whole, port=0)
+    with pytest.raises(ValueError, match="port=70000: expected 0 to 65535"):
+        RewardServer(shapes_reward, port=70_000)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"port={port}: Address already in use. Take another port"):
+            RewardServer(shapes_reward, port=port)
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     RewardServer(shapes_reward, host="0.0.0.0", port=0).stop()
 

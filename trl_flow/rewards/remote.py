@@ -16,6 +16,7 @@
 
 import base64
 import io
+import ipaddress
 import json
 import logging
 import math
@@ -106,6 +107,8 @@ class RemoteReward(Reward):
         self._client = httpx2.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},
             verify=parts.scheme == "https",  # loading certificates takes longer than many a request
+            # A proxy that the environment names cannot reach this machine.
+            trust_env=not is_loopback(parts.hostname),
             timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0), pool=None),
             limits=httpx2.Limits(max_connections=max_workers),
         )
@@ -295,6 +298,14 @@ def read_token(token: str | None) -> str | None:
     if not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError("token: expected printable ASCII characters without spaces.")
     return token or None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own, out of reach for others."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def encode(image: Image.Image) -> str:

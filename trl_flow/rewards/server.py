@@ -17,7 +17,6 @@
 import base64
 import hmac
 import io
-import ipaddress
 import json
 import logging
 import math
@@ -38,7 +37,7 @@ from PIL import Image
 
 from .. import __version__
 from .loading import reward_name
-from .remote import TOKEN_VARIABLE, read_token
+from .remote import TOKEN_VARIABLE, is_loopback, read_token
 from .reward import About, RewardUnavailableError
 from .scoring import score, takes_videos
 
@@ -133,8 +132,10 @@ class RewardServer(ThreadingHTTPServer):
         for name, value in limits.items():
             if not value > 0:
                 raise ValueError(f"{name}={value}: expected more than 0.")
+        if not 0 <= port <= 65535:
+            raise ValueError(f"port={port}: expected 0 to 65535.")
         token = read_token(token)
-        if token is None and not _is_loopback(host):
+        if token is None and not is_loopback(host):
             raise ValueError(
                 f"host={host!r} can be reached from other machines: give a token, best in the environment variable "
                 f"{TOKEN_VARIABLE}, or take host='127.0.0.1' and an SSH tunnel."
@@ -163,7 +164,11 @@ class RewardServer(ThreadingHTTPServer):
         self._deadlines: dict[socket.socket, float] = {}
         self._running: list[threading.Thread] = []
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), _Handler)
+        try:
+            super().__init__((host, port), _Handler)
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(f"host={host!r}, port={port}: {reason}. Take another port, or 0 for a free one.") from error
 
     def server_bind(self):
         # Not HTTPServer's, which asks the name service who we are.
@@ -610,13 +615,6 @@ def _stop_reading(connection: socket.socket):
         connection.shutdown(socket.SHUT_RD)
     except OSError:
         pass  # closed already
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _default_device() -> str:
