@@ -66,9 +66,9 @@ class Encoders:
     def come(self, device: torch.device):
         """Moves encoders that have left to `device`, where they stay to the end of the [`visit`]."""
         if not self._here:
+            self._here = True  # in part, even if there is no room for all of them
             for model in self.models.values():
                 model.to(device)
-            self._here = True
 
     @contextmanager
     def visit(self) -> Iterator[None]:

@@ -61,7 +61,8 @@ class FlowPolicy(nn.Module):
     `forward` makes one single-step call of the pipeline's own `__call__`, with a scheduler that keeps the model output
     after guidance. Nothing of a model family (guidance, packing, position ids, signs, timesteps) is written again
     here, so what is trained equals what the pipeline computes at inference. What the pipeline computes from a prompt
-    and a picture before it denoises is kept: see [`trl_flow.policy.conditioning`].
+    and a picture before it denoises is kept in memory (see [`trl_flow.policy.conditioning`]), or read from where
+    [`encode_prompts`] has written it.
 
     Diffusion pipelines (those whose scheduler is no flow-matching one: Stable Diffusion 1, 2 and XL ...) are flow models
     in other coordinates, sampled by DDIM: see [`trl_flow.policy.diffusion`]. Latents, sigmas and velocities are in flow
@@ -343,9 +344,12 @@ class FlowPolicy(nn.Module):
         Moves the text and picture encoders to another device. They come back for prompts that are new, and leave again.
         A call of the pipeline itself needs them back: `pipeline.to(device)`.
         """
-        self.encoders.spare(lambda: self.sigmas(2))
-        for pipeline in (self._idle, self._query):
-            compute_beside(pipeline, self.components[0])
+        if self.encoders.home is None:
+            latents = torch.zeros(1, *self.latent_shape, device=self.device)
+            ask = functools.partial(self._ask, self._idle, self._idle_answers, latents, [self.blank()])
+            self.encoders.spare(lambda: ask(output_type="latent"))
+            for pipeline in (self._idle, self._query):
+                compute_beside(pipeline, self.components[0])
         self.encoders.leave(device)
 
     def _record(self, prompts: list[str], image: Image.Image | None) -> dict:
