@@ -274,6 +274,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         self._last_reward_error = None
         self._reward_threads = RewardThreads()
         self._prepared_rewards = []
+        self._prompts_precomputed = False
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._step = 0
         self._buffered_inputs = None
@@ -562,7 +563,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         self.check_reward_functions()
         if resume_from_checkpoint:
             self.check_reward_sources(resume_from_checkpoint)
-        if self.args.precompute_prompts:
+        if self.args.precompute_prompts and not self._prompts_precomputed:
             self.precompute_prompts()
         self.write_run_file()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
@@ -582,6 +583,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             with self.policy.guided(self.args.eval_guidance_scale):
                 self.policy.attach(encode_prompts(self.policy, self.eval_dataset, *ranks))
         self.policy.offload_encoders()
+        self._prompts_precomputed = True
 
 
 class _AfterUpdate(TrainerCallback):
