@@ -369,7 +369,7 @@ class FlowPolicy(nn.Module):
         try:
             if not prompt:
                 # Guided towards nothing and away from nothing: rows that trade places would not be seen.
-                prompt = "a picture"
+                prompt = "a"
                 one = self._record([prompt], image)
             two = self._record([prompt, prompt], image)
             layout = {name: find_layout(one[name], two[name]) for name in one}

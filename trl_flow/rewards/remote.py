@@ -129,6 +129,11 @@ class RemoteReward(Reward):
         return served
 
     @property
+    def name(self) -> str:
+        """What the server calls its reward: the name under which it is logged."""
+        return self.served["name"]
+
+    @property
     def scope(self) -> str:
         return self.served["scope"]
 

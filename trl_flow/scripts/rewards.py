@@ -260,7 +260,7 @@ def new_reward(args: NewArguments) -> int:
 
     written = write_template(Path(args.directory), args.license)
     print(f"Wrote {', '.join(map(str, written))}. Next:")
-    print(f"  trl-flow rewards check {args.directory}")
+    print(f"  trl-flow rewards check {args.directory} --trust_remote_code")
     print(f"  trl-flow rewards push {args.directory} USER/{Path(args.directory).resolve().name}")
     return 0
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from ..prompts import PROMPT_SETS, as_prompts, load_prompts
 from ..rewards import load_reward, reward_name
+from ..rewards.remote import RemoteReward
 
 
 def load_rewards(
@@ -31,12 +32,14 @@ def load_rewards(
 ) -> tuple[list[str], list[Callable]]:
     """Names and functions of the rewards. Names differ from each other and from those `taken`."""
     rewards = rewards if isinstance(rewards, (list, tuple)) else [rewards]
+    functions = [load_reward(reward, trust_remote_code=trust_remote_code) for reward in rewards]
     names = []
-    for reward in rewards:
-        name = reward_name(reward)
+    for reward, function in zip(rewards, functions, strict=True):
+        # An address says nothing; the server behind it has a name.
+        name = function.name if isinstance(function, RemoteReward) else reward_name(reward)
         candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
         names.append(next(candidate for candidate in candidates if candidate not in {*names, *taken}))
-    return names, [load_reward(reward, trust_remote_code=trust_remote_code) for reward in rewards]
+    return names, functions
 
 
 def check_reward_columns(rewards: list[Callable], names: list[str], dataset: Dataset, argument: str):
