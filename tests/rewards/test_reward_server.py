@@ -631,6 +631,18 @@ def test_token(monkeypatch, caplog):
 
 
 @contextlib.contextmanager
+def listening(server):
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextlib.contextmanager
 def answering(*answers):
     """A server that gives these answers in turn, (status, headers, body), the last one for ever. Counts in `asked`."""
 
@@ -658,12 +670,8 @@ def answering(*answers):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.asked = []
     server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with listening(server):
+        yield server
 
 
 GOOD = (200, {}, b'{"scores": [0.25, null]}')
@@ -798,7 +806,7 @@ def test_a_server_that_is_killed_and_started_again_costs_nothing(tmp_path):
 
             # Asked to stop, it still answers those who wait.
             gate.unlink()
-            client = RemoteReward(url, max_workers=12)
+            client = RemoteReward(url, max_workers=12, max_wait=10.0)
             scores = executor.submit(client, prompts=["p"] * 24, images=images)
             wait_until(lambda: health_at(url)["waiting_pictures"] == 22)  # and two are being scored
             os.kill(process, signal.SIGTERM)
@@ -826,6 +834,7 @@ def test_a_server_without_trl_flow():
     module = importlib.util.module_from_spec(spec)
     before = Image.MAX_IMAGE_PIXELS
     spec.loader.exec_module(module)
+    Image.MAX_IMAGE_PIXELS = before
 
     def reward(prompts, images, columns):
         if columns["target"][0] == "bad":
@@ -834,14 +843,9 @@ def test_a_server_without_trl_flow():
 
     server = module.Server(reward, "example", 0)
     server.RequestHandlerClass.log_message = lambda *args: None
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    client = RemoteReward(f"http://127.0.0.1:{server.server_port}", batch_size=4)
-    scores = client(prompts=["p"] * 8, images=numbered(8), target=["good"] * 4 + ["bad"] * 4)
-    assert client.requires == () and client.prompt_set is None and client.source["reward"] == "example"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-    Image.MAX_IMAGE_PIXELS = before
+    with listening(server):
+        client = RemoteReward(f"http://127.0.0.1:{server.server_port}", batch_size=4)
+        scores = client(prompts=["p"] * 8, images=numbered(8), target=["good"] * 4 + ["bad"] * 4)
+        assert client.requires == () and client.prompt_set is None and client.source["reward"] == "example"
     assert scores[:3] == [1, 2, 3]
     assert all(math.isnan(value) for value in scores[3:])
