@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import math
 import os
 import warnings
@@ -26,13 +25,13 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
-import jinja2
 import numpy as np
 from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
+from .template import write_page
 from .text import format_change, format_number
 
 
@@ -295,13 +294,13 @@ def write_comparison(
     Returns:
         `Path`: the page.
     """
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = importlib.resources.files("trl_flow.report").joinpath("templates/comparison.html").read_text("utf-8")
     with Image.open(picture(comparison.models[0], comparison.steps[0], 0)) as first:
         is_small = max(first.size) <= SMALL
     sections = [(f"{steps} steps", [(steps, None)]) for steps in comparison.steps]
     by_tag = [(f"{steps} steps", [(steps, tag) for tag in comparison.tag_names]) for steps in comparison.steps]
-    page = environment.from_string(template).render(
+    return write_page(
+        folder / "report.html",
+        "comparison.html",
         title=title or folder.resolve().name,
         notes=comparison.notes(),
         rewards=comparison.rewards,
@@ -316,11 +315,6 @@ def write_comparison(
         is_small=is_small,
         settings=[(name, str(value)) for name, value in (settings or {}).items() if value not in (None, {}, "")],
     )
-    path = folder / "report.html"
-    partial = folder / ".report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
-    return path
 
 
 def _table(comparison: Comparison, section: tuple[str, list[tuple[int, str | None]]]) -> dict:

@@ -17,19 +17,18 @@
 from __future__ import annotations
 
 import base64
-import importlib.resources
 import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jinja2
 import yaml
 from PIL import Image
 
 from .grid import image_grid
 from .history import RunHistory, Samples, finite, load_history, paired_change, public_settings
 from .panels import collect_panels, render_svg, save_png
+from .template import write_page
 from .text import format_change, format_count, format_duration, format_number
 
 
@@ -79,10 +78,10 @@ def write_report(run_dir: str | Path, log_history: Sequence[Mapping] | None = No
         save_png((shown or panels)[:CURVES_IN_FILE], run_dir / "curves.png")
     _save_before_after(result.samples, run_dir / "before_after.png")
 
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = importlib.resources.files("trl_flow.report").joinpath("templates/report.html").read_text("utf-8")
     drawn = [(panel, render_svg(panel)) for panel in panels]
-    page = environment.from_string(template).render(
+    return write_page(
+        run_dir / "report.html",
+        "report.html",
         title=title or run_dir.resolve().name,
         progress=_progress(history),
         tiles=_tiles(history, result),
@@ -97,11 +96,6 @@ def write_report(run_dir: str | Path, log_history: Sequence[Mapping] | None = No
         numbers=_numbers(history),
         settings=_settings(history.config),
     )
-    path = run_dir / "report.html"
-    partial = run_dir / ".report.partial.html"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
-    return path
 
 
 def _progress(history: RunHistory) -> str:
