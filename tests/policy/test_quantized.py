@@ -28,6 +28,7 @@ from trl_flow.scripts.training import model_init_kwargs
 
 class NoConfig:
     model_init_kwargs = None
+    trust_remote_code = False
 
 
 @pytest.mark.parametrize(("quantization", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
