@@ -58,7 +58,7 @@ def numbers(images, **kwargs):
 def test_reward_functions_get_what_trl_gives_them():
     def reward(prompts, images, completions, target, trainer_state, log_extra, log_metric):
         assert prompts == PROMPTS and images == IMAGES and completions == IMAGES
-        assert (trainer_state, log_extra, log_metric) == ("state", "extra", "metric")
+        assert (trainer_state, log_metric) == ("state", "metric") and callable(log_extra)
         return target
 
     scores, failed, errors = score(
@@ -315,6 +315,76 @@ def test_a_reward_that_is_unavailable_is_asked_once():
     values, failed, errors = score([gone, numbers], ["gone", "numbers"], PROMPTS, IMAGES)
     assert calls == [8] and failed[:, 0].all() and len(errors["gone"]) == 8
     assert values[:, 1].tolist() == list(range(8))
+
+
+def test_a_group_reward_that_is_unavailable_is_asked_once():
+    """What it scored before stays; the groups that follow are not asked about."""
+
+    class Gone(Reward):
+        scope = "group"
+
+        def __call__(self, prompts, images, **kwargs):
+            calls.append(len(images))
+            if len(calls) > 1:
+                raise RewardUnavailableError("no route to host")
+            return numbers(images)
+
+    calls = []
+    values, failed, errors = score([Gone()], ["gone"], ["a"] * 8, IMAGES, groups=[0, 1, 2, 3, 0, 1, 2, 3])
+    np.testing.assert_array_equal(values[:, 0].numpy(), [0, NAN, NAN, NAN, 4, NAN, NAN, NAN])
+    assert calls == [2, 2] and failed[:, 0].tolist() == [False, True, True, True] * 2 and len(errors["gone"]) == 6
+
+
+def test_a_reward_that_is_unavailable_is_left_alone_until_it_may_be_back():
+    """Each call might wait for minutes: batches that were started before are not asked about, either."""
+
+    def gone(images, **kwargs):
+        calls.append(len(images))
+        raise RewardUnavailableError("no route to host")
+
+    calls, threads = [], RewardThreads()
+    for _ in range(3):
+        _, failed, _ = start_scoring(threads, [gone], ["gone"], PROMPTS, IMAGES)()
+        assert failed.all()
+    assert calls == [8]
+    threads.unavailable.clear()
+    start_scoring(threads, [gone], ["gone"], PROMPTS, IMAGES)()
+    assert calls == [8, 8]
+
+
+def test_what_a_reward_notes_is_in_the_order_of_the_samples():
+    """Also where batches are halved, or samples come in groups; None where there is nothing."""
+
+    class Group(Reward):
+        scope = "group"
+
+        def __call__(self, prompts, images, log_extra, **kwargs):
+            log_extra("text", [f"group of {number_of(images[0])}"] * len(images))
+            return numbers(images)
+
+    def fragile(images, log_extra, **kwargs):
+        log_extra("seen", [number_of(image) for image in images])
+        if 5 in numbers(images):
+            raise RuntimeError("five")
+        return numbers(images)
+
+    noted = []
+    score(
+        [fragile, Group()],
+        ["fragile", "group"],
+        PROMPTS,
+        IMAGES,
+        groups=[0, 1] * 4,
+        log_extra=lambda column, values: noted.append((column, values)),
+    )
+    assert noted == [("seen", [0, 1, 2, 3, 4, None, 6, 7]), ("text", ["group of 0", "group of 1"] * 4)]
+
+    def careless(images, log_extra, **kwargs):
+        log_extra("seen", [1])
+        return numbers(images)
+
+    with pytest.raises(ValueError, match=r"'careless' gave log_extra\('seen', ...\) 1 values for 8 pictures"):
+        score([careless], ["careless"], PROMPTS, IMAGES, log_extra=lambda column, values: None)
 
 
 def test_concurrent_rewards_run_while_the_caller_goes_on():

@@ -59,10 +59,15 @@ class RewardThreads:
     """
     A thread for each reward function that is `concurrent` or asynchronous: scores are made while sampling goes on, and no
     function is called twice at a time.
+
+    Attributes:
+        unavailable (`dict[int, RewardUnavailableError]`): What functions, by their `id`, have raised. They are not called
+            again until it is cleared: each call might wait for minutes.
     """
 
     def __init__(self):
         self._threads: dict[int, ThreadPoolExecutor] = {}
+        self.unavailable: dict[int, RewardUnavailableError] = {}
 
     def of(self, function: Callable) -> Executor | None:
         """The thread of a function; `None` for one that is called in the caller's."""
@@ -115,7 +120,8 @@ def start_scoring(
             pictures or videos.
         columns (`dict[str, list]`, *optional*): Other columns of the dataset, n values each.
         groups (`list`, *optional*): What tells apart the groups in which samples are compared. Default: their prompts.
-        extras: Further keyword arguments, passed on as they are (`trainer_state`, `log_extra`, `log_metric`).
+        extras: Further keyword arguments, passed on as they are (`trainer_state`, `log_metric`); but `log_extra`, which is
+            called when the scores are waited for, with n values in the samples' order.
 
     Returns:
         `Callable[[], Scores]`: Waits for the scores.
@@ -141,26 +147,39 @@ def start_scoring(
         by_group = getattr(function, "scope", "sample") == "group"
         parts = list(members.values()) if by_group else [range(n)]
         rows = [[sample * repeats + i for sample in part for i in range(repeats)] for part in parts]
-        work = functools.partial(_score_parts, function, name, table, rows, repeats, by_group, extras)
+        work = functools.partial(_score_parts, threads, function, name, table, rows, repeats, by_group, extras)
         thread = threads.of(function)
         begun.append(work() if thread is None else thread.submit(work))
 
     def wait() -> Scores:
         results = [part.result() if isinstance(part, Future) else part for part in begun]
-        errors = {name: list(raised.values()) for name, (_, _, raised) in zip(reward_names, results, strict=True)}
+        errors = {name: list(result.errors.values()) for name, result in zip(reward_names, results, strict=True)}
         for name, raised in errors.items():
             if raised:
                 logger.warning(
                     f"Reward {name!r} raised for {len(raised)} of {n} samples, which are left out. The first "
                     f"error was {type(raised[0]).__name__}: {raised[0]}"
                 )
+        for result in results:
+            for column, values in result.extra.items():
+                extras["log_extra"](column, values)
         values, failed = (torch.stack([result[i] for result in results], dim=1) for i in (0, 1))
         return Scores(values, failed, errors)
 
     return wait
 
 
+class _Column(NamedTuple):
+    """What one function gave: scores `(n,)`, where it failed `(n,)`, and by sample what it raised and what it noted."""
+
+    values: torch.Tensor
+    failed: torch.Tensor
+    errors: dict[int, Exception]
+    extra: dict[str, list]
+
+
 def _score_parts(
+    threads: RewardThreads,
     function: Callable,
     name: str,
     table: dict[str, list],
@@ -168,9 +187,9 @@ def _score_parts(
     repeats: int,
     whole: bool,
     extras: dict,
-) -> tuple[torch.Tensor, torch.Tensor, dict[int, Exception]]:
+) -> _Column:
     """
-    Scores `(n,)` of one function, where it failed `(n,)`, and what it raised, by sample.
+    The scores of one function.
 
     Args:
         parts (`list[list[int]]`): Rows of the table that are scored in one call each.
@@ -180,28 +199,57 @@ def _score_parts(
     n = len(table["prompts"]) // repeats
     scores = torch.full((n * repeats,), math.nan, dtype=torch.float64)
     failed = torch.zeros(n * repeats, dtype=torch.bool)
-    raised = {}
+    raised, left, extra = {}, set(range(n * repeats)), {}
 
     def call(rows: list[int]):
+        noted = {}
+        arguments = {column: [values[row] for row in rows] for column, values in table.items()} | extras
+        if "log_extra" in extras:
+            arguments["log_extra"] = noted.__setitem__
         try:
-            result = function(**{column: [values[row] for row in rows] for column, values in table.items()}, **extras)
+            result = function(**arguments)
             if inspect.isawaitable(result):
                 result = asyncio.run(_wait_for(result))
+        except RewardUnavailableError:
+            raise
         except Exception as error:  # a reward is the user's code: anything may come out of it
-            if len(rows) == 1 or whole or isinstance(error, RewardUnavailableError):
-                raised.update(dict.fromkeys((row // repeats for row in rows), error))
-                failed[rows] = True
+            if len(rows) == 1 or whole:
+                fail(rows, error)
                 return
             middle = len(rows) // 2
             call(rows[:middle])
             call(rows[middle:])
             return
         scores[rows], failed[rows] = _as_scores(result, name, len(rows))
+        left.difference_update(rows)
+        for column, values in noted.items():
+            values = list(values)
+            if len(values) != len(rows):
+                raise ValueError(
+                    f"Reward {name!r} gave log_extra({column!r}, ...) {len(values)} values for {len(rows)} pictures: "
+                    "expected one for each."
+                )
+            for row, value in zip(rows, values, strict=True):
+                extra.setdefault(column, [None] * (n * repeats))[row] = value
 
-    for rows in parts:
-        call(rows)
+    def fail(rows: list[int], error: Exception):
+        raised.update(dict.fromkeys((row // repeats for row in rows), error))
+        failed[rows] = True
+        left.difference_update(rows)
+
+    try:
+        for rows in parts:
+            if id(function) in threads.unavailable:
+                raise threads.unavailable[id(function)]
+            call(rows)
+    except RewardUnavailableError as error:
+        threads.unavailable[id(function)] = error
+        fail(sorted(left), error)
+    if repeats > 1:  # of a video, what was noted of each of its frames
+        extra = {c: [values[i : i + repeats] for i in range(0, n * repeats, repeats)] for c, values in extra.items()}
     # A video of which one frame could not be scored has no score.
-    return scores.unflatten(0, (n, repeats)).mean(1), failed.unflatten(0, (n, repeats)).any(1), raised
+    values, failed = scores.unflatten(0, (n, repeats)).mean(1), failed.unflatten(0, (n, repeats)).any(1)
+    return _Column(values, failed, raised, extra)
 
 
 async def _wait_for(awaitable):

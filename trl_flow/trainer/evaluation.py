@@ -20,6 +20,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from PIL import Image
 
 from ..credit import combine_rewards
@@ -100,7 +101,8 @@ class EvaluationMixin:
         ranks = self._gather(local).unflatten(0, (args.world_size, -1))
         scores = ranks.transpose(0, 1).flatten(0, 1)[: len(dataset)]
         if dataset is self.eval_dataset:
-            self._save_samples(dataset, names, scores, images)
+            self._save_samples(dataset, names, scores, images, self._gather_extra_columns(len(dataset)))
+        self._extra_columns.clear()
 
         trained = combine_rewards(scores[None, :, : len(self.reward_funcs)], self.reward_weights)[0]
         metrics = {
@@ -125,7 +127,15 @@ class EvaluationMixin:
         self.model.train()
         return metrics
 
-    def _save_samples(self, dataset, names: list[str], scores: torch.Tensor, images: dict):
+    def _gather_extra_columns(self, n: int) -> dict[str, list]:
+        """What the rewards have noted of each of n samples, by column, from all processes."""
+        columns = {}
+        for rank, part in enumerate(gather_object([dict(self._extra_columns)])):
+            for name, values in part.items():
+                columns.setdefault(name, [None] * n)[rank :: self.args.world_size] = values
+        return columns
+
+    def _save_samples(self, dataset, names: list[str], scores: torch.Tensor, images: dict, extra: dict[str, list]):
         folder = Path(self.args.output_dir) / SAMPLES_FOLDER / f"step_{self.state.global_step:06d}"
         if self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)
@@ -146,10 +156,9 @@ class EvaluationMixin:
                     name: [None if math.isnan(value) else value for value in column.tolist()]
                     for name, column in zip(names, scores.unbind(1), strict=True)
                 },
-                **({"extra": dict(self._extra_columns)} if self._extra_columns else {}),
+                **({"extra": extra} if extra else {}),
             }
             folder.with_suffix(".json").write_text(json.dumps(record, default=str))
-        self._extra_columns.clear()
 
 
 def strip(frames: list[Image.Image], count: int = 4) -> Image.Image:

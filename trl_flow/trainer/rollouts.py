@@ -261,7 +261,8 @@ class RolloutMixin:
                 self._prepared_rewards.append(function)
 
     def release_rewards(self, reward_funcs):
-        """Lets the reward functions free what they need only while they score."""
+        """Lets the reward functions free what they need only while they score; those that were unavailable may be back."""
+        self._reward_threads.unavailable.clear()
         for function in reward_funcs:
             if hasattr(function, "release"):
                 function.release()
