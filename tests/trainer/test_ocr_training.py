@@ -128,6 +128,7 @@ def test_training_on_what_is_read(writer, make_trainer):
             "Det.limit_type": "max",
             "Det.limit_side_len": 320,
             "Global.use_cls": False,
+            "Global.text_score": 0.0,
         }
     )
     expected = []

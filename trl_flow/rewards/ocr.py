@@ -19,6 +19,7 @@ import importlib.util
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -28,6 +29,8 @@ from PIL import Image
 from .reward import About, Reward
 
 
+# Confidence below which rapidocr, and the papers' engine, drop a line.
+_CONFIDENT = 0.5
 # Text in straight or typographic double quotes.
 _QUOTED = re.compile(r'"([^"]+)"|[“„]([^“”„]+)[”“]')
 # Writing does not tell these apart.
@@ -71,13 +74,13 @@ def paper_score(target: str, text: str) -> float:
     return 1 - distance / len(target)
 
 
-def in_reading_order(boxes: np.ndarray, texts: list[str]) -> list[str]:
+def in_reading_order(boxes: Sequence[np.ndarray], texts: list[str]) -> list[str]:
     """
     Texts line by line from top to bottom, each line from left to right. Two texts are on one line if the middle of the
     lower one is above the lower edge of the higher one.
 
     Args:
-        boxes (`np.ndarray` of shape `(n, 4, 2)`): Corners (x, y) of the n texts.
+        boxes (`list[np.ndarray]` of shape `(4, 2)`): Corners (x, y) of the n texts.
     """
     lines = []
     for box, text in sorted(zip(boxes, texts, strict=True), key=lambda pair: pair[0][:, 1].mean()):
@@ -99,9 +102,11 @@ class OCRReward(Reward):
 
     Args:
         match (`str`, *optional*, defaults to `"exact"`): `"exact"`: all text of the picture counts, see
-            [`~rewards.ocr.exact_score`]; several quoted texts are expected one after the other. `"paper"`: the definition
-            of Flow-GRPO, see [`~rewards.ocr.paper_score`], where further text costs nothing once the target is there; of
-            several quoted texts the first one counts. The other one's mean is logged as `ocr/paper` or `ocr/exact`.
+            [`~rewards.ocr.exact_score`], and what the engine is not sure of as well; several quoted texts are expected one
+            after the other. `"paper"`: the definition of Flow-GRPO, see [`~rewards.ocr.paper_score`], where further text
+            costs nothing once the target is there, and lines that the engine is not sure of (confidence below 0.5) are
+            dropped; of several quoted texts the first one counts. The other one's mean is logged as `ocr/paper` or
+            `ocr/exact`.
         limit_side_len (`int`, *optional*, defaults to `320`): Larger pictures are looked for text at this many pixels of
             their longer side; what is found is read at full size.
         num_threads (`int`, *optional*, defaults to `4`): Pictures that are read at the same time.
@@ -115,9 +120,9 @@ class OCRReward(Reward):
         "versions of PaddleOCR.",
         source="Flow-GRPO (arXiv:2505.05470) and its code; rapidocr for reading",
         license="Apache-2.0 (PP-OCRv6 models, in the rapidocr package)",
-        hacked_by="match='paper': pictures full of words, since a target anywhere scores 1. Both: plain lettering on a "
-        "plain ground, at the cost of the scene; lettering so faint that the engine overlooks it. Watch an aesthetic or "
-        "preference reward beside it.",
+        hacked_by="match='paper': pictures full of words, since a target anywhere scores 1, and of lettering that nobody "
+        "can read. Both: plain lettering on a plain ground, at the cost of the scene; further lettering so faint or so "
+        "odd that the engine does not take it for text. Watch an aesthetic or preference reward beside it.",
     )
     concurrent = True
     prompt_set = "ocr"
@@ -152,6 +157,8 @@ class OCRReward(Reward):
             params={
                 "Global.use_cls": False,  # whether a text is upside down
                 "Global.log_level": "error",  # it warns of every picture without text
+                # Dropped, gibberish around the target would cost nothing.
+                "Global.text_score": 0.0,
                 "Det.limit_type": "max",
                 "Det.limit_side_len": self.limit_side_len,
                 # Whole pictures run in parallel instead, which uses the threads better.
@@ -160,11 +167,15 @@ class OCRReward(Reward):
             }
         )
 
-    def read(self, image: Image.Image) -> str:
-        """All text of a picture, one line for each text that was found."""
+    def read(self, image: Image.Image) -> dict[str, str]:
+        """Text of a picture for each `match`, one line for each text that was found."""
         self.prepare()
         found = self._engine(np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1]))  # it expects BGR
-        return "\n".join(in_reading_order(found.boxes, found.txts)) if found.txts else ""
+        texts = {}
+        for match, confidence in (("exact", 0.0), ("paper", _CONFIDENT)):
+            kept = [i for i, score in enumerate(found.scores or ()) if score >= confidence and found.txts[i]]
+            texts[match] = "\n".join(in_reading_order([found.boxes[i] for i in kept], [found.txts[i] for i in kept]))
+        return texts
 
     def __call__(
         self,
@@ -181,15 +192,16 @@ class OCRReward(Reward):
             for prompt, given in zip(prompts, target or [None] * len(prompts), strict=True)
         ]
         applies = [number for number, texts in enumerate(targets) if texts]
-        read = dict.fromkeys(range(len(images)))
         with ThreadPoolExecutor(min(self.num_threads, os.cpu_count() or 1)) as executor:
-            read |= zip(applies, executor.map(self.read, [images[number] for number in applies]), strict=True)
+            read = dict(zip(applies, executor.map(self.read, [images[number] for number in applies]), strict=True))
         scores = {
-            "exact": [exact_score("".join(targets[number]), read[number]) for number in applies],
-            "paper": [paper_score(targets[number][0], read[number].replace("\n", "")) for number in applies],
+            "exact": [exact_score("".join(targets[number]), read[number]["exact"]) for number in applies],
+            "paper": [paper_score(targets[number][0], read[number]["paper"].replace("\n", "")) for number in applies],
         }
         if log_extra is not None:
-            log_extra("ocr_text", list(read.values()))
+            log_extra(
+                "ocr_text", [read[number][self.match] if number in read else None for number in range(len(images))]
+            )
         if log_metric is not None and applies:
             other = "paper" if self.match == "exact" else "exact"
             log_metric(f"ocr/{other}", sum(scores[other]) / len(applies))
