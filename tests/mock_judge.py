@@ -74,7 +74,8 @@ class MockJudge:
         fault (`Callable`, *optional*): Called with the number of the attempt (from 0, counted for each question apart),
             the text and the pictures, before a question is judged. Returns `None`, an HTTP status, a dictionary with
             `status` and, if wanted, `headers` and `body`, `"hang"`, or `"cut"`: an answer that breaks off.
-        judge (`Callable`): From text and pictures to `content` and, if wanted, `first_token` and `finish_reason`.
+        judge (`Callable`): From text and pictures to `content` and, if wanted, `first_token`, `top_logprobs` (instead of
+            those that belong to it) and `finish_reason`.
         port (`int`): 0 for any free one.
 
     Attributes:
@@ -167,11 +168,13 @@ def _decode(url: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _completion(body: dict, content: str, first_token: dict | None = None, finish_reason: str = "stop") -> dict:
+def _completion(
+    body: dict, content: str, first_token: dict | None = None, finish_reason: str = "stop", **top_logprobs
+) -> dict:
     choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": content}}
     if body.get("logprobs") and first_token is not None:
         top = [{"token": token, "logprob": logprob} for token, logprob in first_token.items()]
-        choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top[: body["top_logprobs"]]}]}
+        choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top[: body["top_logprobs"]], **top_logprobs}]}
     return {
         "id": "1",
         "object": "chat.completion",

@@ -156,6 +156,13 @@ def test_yes_no_without_log_probabilities_reads_the_word_and_says_so_once(caplog
     assert "no log-probabilities" in caplog.records[0].message
 
 
+@pytest.mark.parametrize("top_logprobs", [[], None])
+def test_yes_no_with_empty_log_probabilities_reads_the_word(top_logprobs):
+    answer = {"content": "Yes", "first_token": {"Yes": -0.1}, "top_logprobs": top_logprobs}
+    with MockJudge(judge=lambda text, images: answer) as server:
+        assert judge(server)(["red"], [picture(1, 1, 1)]) == [1.0]
+
+
 def test_unified_reward_1_5():
     images = [picture(200, 0, 0), picture(0, 200, 0), picture(100, 100, 0)]
     with MockJudge() as server:
@@ -173,6 +180,19 @@ def test_unified_reward_1_5():
         ("The sign says 'Final Score: 5'.\nFinal Score: 2", 2 / 5),
         ("It says 'Final Score: 9'. Final Score: 3", 3 / 5),
         ("Final Score: 4/5", 4 / 5),
+        ("Final Score (1-5): 4", 4 / 5),
+        ("**Final Score** (1 to 5): **4.5**", 4.5 / 5),
+        ("Final Score: [4]", 4 / 5),
+        ("Final Score: <4>", 4 / 5),
+        ("Final Score: 4, as the hat is red", 4 / 5),
+        ("Final Score: 4\nFinal Score: 2,5", NAN),
+        ("Final Score (1-5): good", NAN),
+        ("Final Score: [1-5]", NAN),
+        ("<think>Final Score: 2? No.</think>Final Score: 4", 4 / 5),
+        ("Final Score: 2, or not?\n</think>\nFinal Score: 4", 4 / 5),
+        ("<think>Final Score: 2? No.</think>Good", NAN),
+        ("<think>A first guess is Final Score: 2, but the hat is also there, so it should be", NAN),
+        ("<think>One.</think> <think>Final Score: 2", NAN),
         ("Final Score: 45", NAN),
         ("Final Score: 0", NAN),
         ("Final Score: 5.5", NAN),
@@ -186,6 +206,33 @@ def test_final_score(reply, expected):
     with MockJudge(judge=lambda text, images: {"content": reply}) as server:
         scores = judge(server, "unified_reward")(["red"], [picture(1, 1, 1)])
     assert scores == pytest.approx([expected], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("unified_reward", "The scale is Final Score: 1 to Final Score: 5, and this is"),
+        ("unigenbench", "<score>[1, 1]</score> would be too kind, for"),
+        ("win_rate", "For the red hat, Image 1 is better. But"),
+    ],
+)
+def test_reply_that_was_cut_off_is_no_verdict(name, content):
+    finish_reasons = iter(["length", "stop"])
+    with MockJudge(judge=lambda text, images: {"content": content, "finish_reason": next(finish_reasons)}) as server:
+        reward, images = judge(server, name), [picture(1, 1, 1), picture(2, 2, 2)][: 2 if name == "win_rate" else 1]
+        cut, complete = (reward(["red"] * len(images), images, testpoints=[["A", "B"]]) for _ in range(2))
+    assert cut == pytest.approx([NAN] * len(images), nan_ok=True)
+    assert not any(map(math.isnan, complete))
+
+
+def test_yes_no_is_always_cut_off():
+    answer = {
+        "content": "Yes",
+        "first_token": {"Yes": math.log(0.75), "No": math.log(0.25)},
+        "finish_reason": "length",
+    }
+    with MockJudge(judge=lambda text, images: answer) as server:
+        assert judge(server)(["red"], [picture(1, 1, 1)]) == pytest.approx([0.75])
 
 
 def test_unified_reward_2_0():
@@ -263,6 +310,11 @@ def test_unigenbench_says_what_the_dataset_lacks():
             judge(server, "unigenbench")(
                 ["red"], [picture(1, 1, 1)], testpoints=[["A", "B"]], testpoint_descriptions=[["a"]]
             )
+        with pytest.raises(ValueError, match="testpoints='Color' is a text: expected a list of texts"):
+            judge(server, "unigenbench")(["red"], [picture(1, 1, 1)], testpoints=["Color"])
+        with pytest.raises(ValueError, match="testpoint_descriptions='r' is a text"):
+            judge(server, "unigenbench")(["red"], [picture(1, 1, 1)], testpoints=[["A"]], testpoint_descriptions=["r"])
+        assert server.posts == []
 
 
 # -------------------------------------------------------------------------------------------------------- comparisons
@@ -306,6 +358,11 @@ def test_judge_that_likes_the_first_picture_gains_nothing_by_both_orders():
         ("Both images are equally good.", [0.5, 0.5]),
         ("<answer>neither</answer> Image 1 is better", [NAN, NAN]),
         ("Image 3 is better.", [NAN, NAN]),
+        ("<think>Image 1 is better at color</think>Image 2 is better.", [0.0, 1.0]),
+        ("<THINK>Image 1 is better at color</THINK>Hard to say.", [NAN, NAN]),
+        ("<think>For the red hat, Image 1 is better. Aesthetics: Image 2 has nicer light and", [NAN, NAN]),
+        ("<answer>Image 1 is better", [NAN, NAN]),
+        ("<answer>Image 2 is better</answer> <answer>No: image 1 is better", [NAN, NAN]),
     ],
 )
 def test_verdict_on_a_pair(reply, expected):
@@ -593,6 +650,13 @@ def test_token_of_the_hub_is_not_sent_to_other_servers(monkeypatch):
 def test_password_in_the_address_is_refused_and_not_repeated():
     with pytest.raises(ValueError, match="user or password") as refused:
         load_judge("eyes@http://me:hunter2@127.0.0.1/v1")
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("rest", ["?api-version=1&key=hunter2", "#hunter2"])
+def test_query_or_fragment_in_the_address_is_refused_and_not_repeated(rest):
+    with pytest.raises(ValueError, match="query or a fragment") as refused:
+        load_judge(f"eyes@http://127.0.0.1/v1{rest}")
     assert "hunter2" not in str(refused.value)
 
 

@@ -44,6 +44,7 @@ _NEVER_WORKS = {
 # Statuses below 500 that say "later": request timeout, conflict, too many requests.
 _LATER = (408, 409, 429)
 _LONGEST_PAUSE = 60.0
+CUT_OFF = "cut off at max_tokens"
 
 
 class Question(NamedTuple):
@@ -61,7 +62,7 @@ class Reply(NamedTuple):
         text (`str`): Empty if the answer was no chat completion.
         first_token (`list[tuple[str, float]]`, *optional*): Most probable first tokens and their log-probabilities, if
             they were asked for and given.
-        remark (`str`): What may be wrong with it.
+        remark (`str`): What may be wrong with it, such as `CUT_OFF`.
     """
 
     text: str
@@ -98,12 +99,13 @@ class ChatEndpoint:
         model (`str`): Name under which the server knows the model.
         api_key (`str`, *optional*): Otherwise the environment variable `OPENAI_API_KEY`, or none.
         max_workers (`int`): Requests that are under way at once.
-        timeout (`float`): Seconds without a byte from the server after which a request is given up and sent again.
+        timeout (`float`): Seconds without a byte from the server after which a request is given up and sent again. The
+            client has no other limit: a server that goes on sending, however slowly or much, is waited for.
         max_wait (`float`): Seconds after which a request that keeps failing is not sent again.
         backoff (`float`): First pause in seconds.
 
     Raises:
-        ValueError: If `base_url` is no address, or has a password in it.
+        ValueError: If `base_url` is no address, or has a password, a query or a fragment in it.
     """
 
     def __init__(
@@ -120,6 +122,11 @@ class ChatEndpoint:
             raise ValueError(
                 "base_url has a user or password in it, and addresses are logged and published: leave them out, and set "
                 "the environment variable OPENAI_API_KEY."
+            )
+        if "?" in base_url or "#" in base_url:
+            raise ValueError(
+                "base_url has a query or a fragment in it (after '?' or '#'), and addresses are logged and published: leave "
+                "it out, and set a key as the environment variable OPENAI_API_KEY."
             )
         address = urlsplit(base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
@@ -252,10 +259,12 @@ def _read(answer) -> Reply:
     choice = answer.choices[0]
     text = choice.message.content or ""
     tokens = choice.logprobs.content if choice.logprobs else None
+    # Some servers fill these in, and leave the list empty.
+    likeliest = getattr(tokens[0], "top_logprobs", None) if tokens else None
     return Reply(
         text=text if isinstance(text, str) else "",
-        first_token=[(token.token, token.logprob) for token in tokens[0].top_logprobs] if tokens else None,
-        remark="cut off at max_tokens" if choice.finish_reason == "length" else "",
+        first_token=[(token.token, token.logprob) for token in likeliest] if likeliest else None,
+        remark=CUT_OFF if choice.finish_reason == "length" else "",
     )
 
 

@@ -24,7 +24,7 @@ from typing import ClassVar
 
 from PIL import Image
 
-from .chat import ChatEndpoint, Failure, Question, Reply
+from .chat import CUT_OFF, ChatEndpoint, Failure, Question, Reply
 from .loading import load_reward
 from .reward import About, Reward
 
@@ -32,7 +32,9 @@ from .reward import About, Reward
 # Of the standard library: these rewards also work outside of a trainer, where accelerate's logger does not.
 logger = logging.getLogger(__name__)
 
-_NUMBER = r"[:*\s]*(\d+(?:\.\d+)?)"
+# What follows the name of a mark: perhaps a remark in brackets, as "(1-5)", and the mark, perhaps in brackets as well. What
+# looks like a number and is none ("2,5") is found as a whole, so that it is not taken for another one.
+_MARK = r"(?:[*\s]*[(\[][^()\[\]]*[)\]])?+[:*\s]*[(\[<]?(\d+(?:[.,-]\d+)*)"
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -40,8 +42,9 @@ class Judge(Reward):
     """
     A reward that asks a model behind an endpoint that speaks OpenAI's chat protocol.
 
-    A reply that cannot be read, or a request that fails for good, is a missing score (NaN), never a 0. Both are logged:
-    `<name>/unparsed` and `<name>/failed` are shares of the requests.
+    A reply that cannot be read or was cut off, or a request that fails for good, is a missing score (NaN), never a 0. Both
+    are logged: `<name>/unparsed` and `<name>/failed` are shares of the requests. What a judge thinks before it answers
+    (`<think>...</think>`) is not read.
 
     Args:
         base_url (`str`): Address of the endpoint: `"http://localhost:8000/v1"`.
@@ -54,7 +57,8 @@ class Judge(Reward):
         extra_body (`dict`, *optional*): Further fields of the request: `{"chat_template_kwargs": {"enable_thinking":
             false}}` keeps a thinking model from it.
         max_workers (`int`): Requests that are under way at once.
-        timeout (`float`): Seconds without a byte from the server after which a request is given up and sent again.
+        timeout (`float`): Seconds without a byte from the server after which a request is given up and sent again. One
+            that goes on sending, however slowly, is waited for.
         max_wait (`float`): Seconds after which a request that keeps failing is not sent again.
         backoff (`float`): First pause between two attempts, in seconds. It doubles each time, up to a minute.
     """
@@ -182,7 +186,7 @@ class UnifiedReward(Judge):
     }
     _MARKS: ClassVar[dict[str, dict[str, str]]] = {
         "1.5": {"score": r"Final Score"},
-        "2.0": {axis.lower(): rf"{axis} Score(?:\s*\(1-5\))?" for axis in ("Alignment", "Coherence", "Style")},
+        "2.0": {axis.lower(): rf"{axis} Score" for axis in ("Alignment", "Coherence", "Style")},
     }
 
     def __post_init__(self, api_key: str | None):
@@ -215,13 +219,16 @@ class UnifiedReward(Judge):
         return marks[0] / 5 if self.version == "1.5" else (sum(marks) / len(marks) - 1) / 4
 
     def _read(self, number: int, reply: Reply) -> dict[str, float] | None:
-        marks = {}
+        marks, text = {}, _conclusion(reply)
         for name, pattern in self._MARKS[self.version].items():
             # The last one: a judge may quote what it read in the picture before it decides.
-            found = re.findall(pattern + _NUMBER, reply.text, re.IGNORECASE)
-            if not found or not 1 <= float(found[-1]) <= 5:
+            found = re.findall(pattern + _MARK, text, re.IGNORECASE)
+            try:
+                marks[name] = float(found[-1])
+            except (IndexError, ValueError):
                 return None
-            marks[name] = float(found[-1])
+            if not 1 <= marks[name] <= 5:
+                return None
         return marks
 
 
@@ -285,6 +292,10 @@ class UniGenBenchReward(Judge):
         if testpoints is None:
             raise ValueError("unigenbench needs a column testpoints in the dataset: a list of texts for each prompt.")
         descriptions = testpoint_descriptions or [None] * len(prompts)
+        for column, rows in (("testpoints", testpoints), ("testpoint_descriptions", descriptions)):
+            for row in rows:
+                if isinstance(row, str):
+                    raise ValueError(f"{column}={row!r} is a text: expected a list of texts for each prompt.")
         asked = [number for number, points in enumerate(testpoints) if points]
         questions = [
             Question(
@@ -295,7 +306,7 @@ class UniGenBenchReward(Judge):
         ]
 
         def read(number: int, reply: Reply) -> list[int] | None:
-            return _zeros_and_ones(reply.text, len(testpoints[asked[number]]))
+            return _zeros_and_ones(_conclusion(reply), len(testpoints[asked[number]]))
 
         scores: list[float | None] = [None] * len(prompts)
         by_point: dict[str, list[int]] = {}
@@ -502,11 +513,21 @@ def tournament(n: int, num_opponents: int | None = None) -> list[tuple[int, int]
     return pairs
 
 
+def _conclusion(reply: Reply) -> str:
+    """What a reply says after its thoughts, of which some servers leave out the beginning. Nothing if it is not complete:
+    what a judge considers before it decides is no verdict."""
+    text = re.split("</think>", reply.text, flags=re.IGNORECASE)[-1]
+    tags = re.findall(r"</?(?:think|answer)>", text.lower())
+    is_open = "<think>" in tags or tags.count("<answer>") > tags.count("</answer>")
+    return "" if is_open or reply.remark == CUT_OFF else text
+
+
 def _share_of_first(number: int, reply: Reply) -> float | None:
     """1.0 if the first of two pictures is better, 0.0 if the second is, 0.5 for a tie. Thinking judges put it into
     `<answer>`; of several sentences the last counts."""
-    answers = re.findall(r"<answer>(.*?)</answer>", reply.text, re.DOTALL | re.IGNORECASE)
-    found = re.findall(r"image ([12]) is better|equally good", answers[-1] if answers else reply.text, re.IGNORECASE)
+    text = _conclusion(reply)
+    answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL | re.IGNORECASE)
+    found = re.findall(r"image ([12]) is better|equally good", answers[-1] if answers else text, re.IGNORECASE)
     return {"1": 1.0, "2": 0.0, "": 0.5}[found[-1]] if found else None
 
 
