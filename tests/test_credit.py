@@ -344,6 +344,18 @@ def test_gdpo_normalises_the_sum_over_the_batch():
 
 
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum", "gdpo"])
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_prompts_without_any_score_change_nothing_for_the_others(aggregation, scale):
+    rewards = random_values(6, 4, 2)
+    leaves = torch.arange(4).reshape(1, 4, 1)
+    alone, _ = assign_credit(torch.from_numpy(rewards[:2]), torch.ones(2), leaves, outcome, aggregation, scale=scale)
+    rewards[2:] = NAN
+    beside, mask = assign_credit(torch.from_numpy(rewards), torch.ones(2), leaves, outcome, aggregation, scale=scale)
+    torch.testing.assert_close(beside[:2], alone)
+    assert not mask[2:].any() and not beside[2:].any()
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum", "gdpo"])
 def test_a_group_without_a_difference_has_no_advantage(aggregation):
     rewards = random_values(2, 3, 2)
     rewards[1] = 0.25

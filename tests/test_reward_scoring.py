@@ -305,6 +305,37 @@ def test_a_reward_of_scope_group_gets_the_whole_group():
     assert calls == [({"a"}, [1, 3, 7]), ({"a"}, [2, 8, 9]), ({"a"}, [4, 5])]
 
 
+def test_frames_of_one_moment_are_compared():
+    class Rank(Reward):
+        scope = "group"
+
+        def __call__(self, prompts, images, **kwargs):
+            calls.append(numbers(images))
+            return numbers(images)
+
+    calls = []
+    videos = [[IMAGES[2 * number], IMAGES[2 * number + 1]] for number in range(4)]
+    values, _, _ = score([Rank()], ["rank"], ["a"] * 4, videos, groups=[0, 1, 0, 1])
+    assert calls == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert values[:, 0].tolist() == [0.5, 2.5, 4.5, 6.5]
+
+
+def test_asynchronous_rewards_keep_their_event_loop_and_make_no_graph():
+    """Clients that they keep from call to call belong to it."""
+    loops, threads = [], RewardThreads()
+    weight = torch.ones(1, requires_grad=True)
+
+    async def reward(images, **kwargs):
+        loops.append(asyncio.get_running_loop())
+        assert not (weight * 2).requires_grad
+        return [1.0] * len(images)
+
+    check_rewards([reward], ["r"], [{"prompt": "a"}], (2, 2), threads=threads)
+    for _ in range(2):
+        assert not start_scoring(threads, [reward], ["r"], PROMPTS, IMAGES)().failed.any()
+    assert len(loops) == 3 and len(set(loops)) == 1
+
+
 def test_a_reward_that_is_unavailable_is_asked_once():
     calls = []
 

@@ -194,7 +194,7 @@ def assign_credit(
         alone = torch.eye(len(weights), dtype=weights.dtype)
         used = [r for r, weight in enumerate(weights.tolist()) if weight != 0]
         scores, factors = [combine_rewards(rewards, alone[r]) for r in used], [weights[r].item() for r in used]
-    advantages, known, informative = 0.0, True, False
+    advantages, known, informative, applies = 0.0, True, False, False
     by_batch = gather is not None and normalization.get("scale") == "batch"
     for score, factor in zip(scores, factors, strict=True):
         magnitude = score.nan_to_num().abs().amax(1)
@@ -202,12 +202,14 @@ def assign_credit(
             batch = gather(value) if by_batch else None
             advantage, mask = normalize(value, batch=batch, magnitude=magnitude, **normalization)
             # A function that does not apply to a prompt takes nothing away from it.
-            known = known & (~value.isnan() | score.isnan().all(1)[:, None, None])
+            silent = score.isnan().all(1)[:, None, None]
+            known, applies = known & (~value.isnan() | silent), applies | ~silent
             informative = informative | mask
             advantages = advantages + factor * advantage
     mask = known & informative
     if aggregation == "gdpo":
-        batch = torch.where(known, advantages, torch.nan)
+        # A prompt without any score says nothing about the batch.
+        batch = torch.where(known & applies, advantages, torch.nan)
         batch = gather(batch) if gather is not None else batch
         columns = batch.transpose(0, 1).flatten(1)  # (S, B' * G)
         mean, std = _moments(columns, normalization.get("ddof", 0))

@@ -127,6 +127,7 @@ def test_a_run_goes_on_with_the_reward_that_it_began_with(run):
     first, second = run["commits"]
     other, resumed = run["calls"]["other"], run["calls"]["resumed"]
     assert other.returncode == 1
-    assert f"'{first}'" in other.stderr and f"'{second}'" in other.stderr and "user/repo@commit" in other.stderr
+    assert f"revision {first}" in other.stderr and f"revision {second}" in other.stderr
+    assert "user/repo@commit" in other.stderr
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((run["folder"] / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2

@@ -16,7 +16,10 @@
 
 import asyncio
 import json
+import math
 import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ import torch
 from datasets import DatasetDict, IterableDataset
 from huggingface_hub import ModelCard
 from pipelines import brightness, prompts, redness
+from transformers import TrainerCallback
 
 from trl_flow import DenseGRPOConfig, DenseGRPOTrainer, G2RPOConfig, G2RPOTrainer
 from trl_flow.rewards import Reward
@@ -78,7 +82,8 @@ def test_concurrent_rewards_change_nothing_but_when(make_trainer):
     other_weights, other_rewards = run(concurrent, waiting)
     assert torch.equal(weights, other_weights) and rewards == other_rewards
     assert threading.main_thread().name not in concurrent.threads
-    assert concurrent.prepared == [torch.device("cpu")] and concurrent.released == 2
+    # After the check on grey pictures, and after each rollout.
+    assert concurrent.prepared == [torch.device("cpu")] and concurrent.released == 3
 
 
 def test_the_next_prompts_are_sampled_while_rewards_run(make_trainer):
@@ -208,12 +213,77 @@ def test_too_many_failures_stop_the_run(make_trainer):
     )
     message = (
         r"Reward functions failed for 3 of the 6 pictures of step 1 \(failing 50%, redness 0%\), more than "
-        r"max_nan_fraction=0.1. Mend them and go on from the last checkpoint"
+        r"max_nan_fraction=0.1. The last error was ConnectionError: no answer. Mend them and go on from the last checkpoint"
     )
     with pytest.raises(ValueError, match=message) as caught:
         trainer.train()
     assert isinstance(caught.value.__cause__, ConnectionError)
     assert trainer.state.global_step == 1
+
+
+def test_what_a_failed_reward_would_have_said_is_not_left_out_of_a_sum(make_trainer):
+    """
+    Neither in the logs nor in evaluations, where it would make the evaluation the best in which a reward of -100 failed.
+    """
+    gone = []
+
+    def judge(images, prompts, **kwargs):
+        if gone and len(images) == 2:  # an evaluation
+            return [math.nan] * len(images)
+        return [
+            math.nan if "square" in prompt and len(images) == 6 else -100.0 - k for k, prompt in enumerate(prompts)
+        ]
+
+    class LastEvaluation(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                gone.append(True)
+
+    trainer = make_trainer(
+        reward_funcs=[brightness, judge],
+        train_dataset=prompts(2),
+        eval_dataset=prompts(2),
+        per_device_train_batch_size=2,
+        max_nan_fraction=0.5,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+        greater_is_better=True,
+        callbacks=[LastEvaluation()],
+    )
+    trainer.train()
+    assert all(reward < -99 for reward in logged(trainer, "reward"))
+    first, second, last = logged(trainer, "eval_reward")
+    assert first < -99 and second < -99 and last is None
+    assert logged(trainer, "eval_rewards/judge/failed") == [0.0, 0.0, 1.0]
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+
+
+def test_few_pictures_wait_for_a_slow_reward(make_trainer):
+    """Of a long evaluation few pictures are in memory, however slow a reward is."""
+    alive = []
+
+    def slow(images):
+        most.append(sum(picture() is not None for picture in alive))
+        time.sleep(0.05)
+        return brightness(images)
+
+    trainer = make_trainer(reward_funcs=Concurrent(slow), eval_dataset=prompts(18), rollout_batch_size=1)
+    decode, most = trainer.decode, []
+
+    def counted(latents, conditioning):
+        pictures = decode(latents, conditioning)
+        alive.extend(weakref.ref(picture) for picture in pictures)
+        return pictures
+
+    trainer.decode = counted
+    trainer.args.num_logged_images = 0
+    trainer.evaluate()
+    assert len(alive) == 18 and max(most) <= 10
 
 
 def test_means_by_tag(make_trainer):
@@ -260,8 +330,11 @@ def test_where_a_reward_came_from_is_written_down_and_kept(make_trainer):
     assert f"Rewards: `FromHub` (repository {link}, at `{'a' * 40}`), `redness`" in card
 
     settings["max_steps"] = 2
-    with pytest.raises(ValueError, match=f"the reward 'FromHub' was .*{'a' * 40}.* and is .*{'b' * 40}.* now"):
+    message = f"trained on 'FromHub' .*{'a' * 40}.*, 'redness', and this run is to be on 'FromHub' .*{'b' * 40}"
+    with pytest.raises(ValueError, match=message):
         make_trainer(reward_funcs=[FromHub("b" * 40), redness], **settings).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="and this run is to be on 'brightness', 'redness'"):
+        make_trainer(reward_funcs=[brightness, redness], **settings).train(resume_from_checkpoint=True)
     trainer = make_trainer(reward_funcs=[FromHub("a" * 40), redness], **settings)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 2

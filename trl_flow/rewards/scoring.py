@@ -18,9 +18,10 @@ import asyncio
 import functools
 import inspect
 import math
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Hashable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Hashable
+from concurrent.futures import Executor, Future
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from accelerate.logging import get_logger
 from PIL import Image
 
 from .reward import RewardUnavailableError
+from .threads import DaemonExecutor
 
 
 logger = get_logger(__name__)
@@ -66,7 +68,8 @@ class RewardThreads:
     """
 
     def __init__(self):
-        self._threads: dict[int, ThreadPoolExecutor] = {}
+        self._threads: dict[int, DaemonExecutor] = {}
+        self._local = threading.local()
         self.unavailable: dict[int, RewardUnavailableError] = {}
 
     def of(self, function: Callable) -> Executor | None:
@@ -74,8 +77,14 @@ class RewardThreads:
         if not is_async(function) and not getattr(function, "concurrent", False):
             return None
         if id(function) not in self._threads:
-            self._threads[id(function)] = ThreadPoolExecutor(1, thread_name_prefix="reward")
+            self._threads[id(function)] = DaemonExecutor(1)
         return self._threads[id(function)]
+
+    def run(self, awaitable: Awaitable):
+        """The result of an awaitable, by the one event loop of this thread: what a function keeps may belong to it."""
+        if not hasattr(self._local, "runner"):
+            self._local.runner = asyncio.Runner()
+        return self._local.runner.run(_wait_for(awaitable))
 
     def close(self):
         """Drops what has not begun."""
@@ -145,8 +154,10 @@ def start_scoring(
     for function, name in zip(reward_funcs, reward_names, strict=True):
         table, repeats = (columns, 1) if takes_videos(function) else (frames, count)
         by_group = getattr(function, "scope", "sample") == "group"
-        parts = list(members.values()) if by_group else [range(n)]
-        rows = [[sample * repeats + i for sample in part for i in range(repeats)] for part in parts]
+        if by_group:  # frame by frame: those of one moment are compared
+            rows = [[sample * repeats + i for sample in group] for group in members.values() for i in range(repeats)]
+        else:
+            rows = [list(range(n * repeats))]
         work = functools.partial(_score_parts, threads, function, name, table, rows, repeats, by_group, extras)
         thread = threads.of(function)
         begun.append(work() if thread is None else thread.submit(work))
@@ -178,6 +189,7 @@ class _Column(NamedTuple):
     extra: dict[str, list]
 
 
+@torch.no_grad()  # which holds for a thread alone
 def _score_parts(
     threads: RewardThreads,
     function: Callable,
@@ -209,7 +221,7 @@ def _score_parts(
         try:
             result = function(**arguments)
             if inspect.isawaitable(result):
-                result = asyncio.run(_wait_for(result))
+                result = threads.run(result)
         except RewardUnavailableError:
             raise
         except Exception as error:  # a reward is the user's code: anything may come out of it
@@ -263,6 +275,7 @@ def check_rewards(
     image_size: tuple[int, int],
     num_frames: int | None = None,
     trained: bool = True,
+    threads: RewardThreads | None = None,
     **extras,
 ):
     """
@@ -273,6 +286,7 @@ def check_rewards(
         image_size (`tuple[int, int]`): Width and height in pixels.
         num_frames (`int`, *optional*): For videos.
         trained (`bool`, *optional*, defaults to `True`): Whether there must be a score of one of them.
+        threads ([`RewardThreads`], *optional*): Those that the functions will be called in later.
 
     Raises:
         ValueError: If a function raises for every sample, or returns the wrong number of scores, or no numbers; if none
@@ -287,7 +301,9 @@ def check_rewards(
         images = [[image] * num_frames for image in images]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     prompts = [row["prompt"] for row in rows]
-    values, _, errors = score(reward_funcs, reward_names, prompts, images, columns, **extras)
+    begin = score if threads is None else functools.partial(start_scoring, threads)
+    scores = begin(reward_funcs, reward_names, prompts, images, columns, **extras)
+    values, _, errors = scores if threads is None else scores()
     for name, column in zip(reward_names, values.unbind(1), strict=True):
         if len(errors[name]) == len(images):
             error = errors[name][0]

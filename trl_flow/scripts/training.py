@@ -248,6 +248,10 @@ def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training
     consent = training_args.trust_remote_code
     train_dataset = load_script_prompts(script_args, script_args.dataset_train_split, consent)
     eval_dataset = None
+    if training_args.eval_strategy == "no" and script_args.eval_dataset_name is not None:
+        raise ValueError(
+            f"eval_dataset_name={script_args.eval_dataset_name!r} has no effect with eval_strategy='no'. Drop one of them."
+        )
     if training_args.eval_strategy != "no":
         number = script_args.num_eval_prompts
         if script_args.eval_dataset_name is not None:

@@ -17,6 +17,7 @@
 import json
 import math
 import shutil
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -29,6 +30,8 @@ from .rollouts import means_by_tag
 
 
 SAMPLES_FOLDER = "samples"
+# Batches of pictures that are kept while a slow reward has yet to score them.
+MOST_WAITING = 4
 
 
 def deterministic_plan(num_steps: int) -> Plan:
@@ -67,7 +70,7 @@ class EvaluationMixin:
         )
         funcs, names = self.reward_funcs + self.eval_reward_funcs, self.reward_names + self.eval_reward_names
         mine = range(args.process_index, len(dataset), args.world_size)
-        scoring, images = [], {}
+        scoring, results, images = deque(), [], {}
         self.model.eval()
         self._metrics["eval"].clear()
         with self.averaged_weights(), self.policy.guided(args.eval_guidance_scale):
@@ -90,27 +93,35 @@ class EvaluationMixin:
                 )
                 pictures = self.decode(rollout.leaves[:, 0], conditioning)
                 scoring.append(self.start_rewards(funcs, names, rows, pictures))
+                if len(scoring) > MOST_WAITING:
+                    results.append(scoring.popleft()())
                 images |= {n: p for n, p in zip(numbers, pictures, strict=True) if n < args.num_logged_images}
                 self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
 
-        local = torch.full((math.ceil(len(dataset) / args.world_size), len(names)), math.nan, dtype=torch.float64)
-        if scoring:
-            local[: len(mine)] = torch.cat([wait()[0] for wait in scoring])
+        results += [wait() for wait in scoring]
         self.release_rewards(funcs)
+        # Scores, and in further columns 1 where one is missing because its function failed.
+        local = torch.full((math.ceil(len(dataset) / args.world_size), 2 * len(names)), math.nan, dtype=torch.float64)
+        if results:
+            local[: len(mine)] = torch.cat([torch.cat(result, dim=1) for result in results])
         # Ranks took the rows in turn: interleave them again.
         ranks = self._gather(local).unflatten(0, (args.world_size, -1))
-        scores = ranks.transpose(0, 1).flatten(0, 1)[: len(dataset)]
+        scores, failed = ranks.transpose(0, 1).flatten(0, 1)[: len(dataset)].chunk(2, dim=1)
         if dataset is self.eval_dataset:
             self._save_samples(dataset, names, scores, images, self._gather_extra_columns(len(dataset)))
         self._extra_columns.clear()
 
-        trained = combine_rewards(scores[None, :, : len(self.reward_funcs)], self.reward_weights)[0]
+        # A picture that a trained reward failed to score has no sum; one that it does not apply to has that of the others.
+        judged = scores[:, : len(self.reward_funcs)]
+        spoiled = failed[:, : len(self.reward_funcs)][:, self.reward_weights != 0].any(1)
+        trained = combine_rewards(judged.masked_fill(spoiled[:, None], math.nan)[:, None], self.reward_weights)[:, 0]
         metrics = {
             f"{metric_key_prefix}_reward": None if trained.isnan().all() else trained.nanmean().item(),
             f"{metric_key_prefix}_num_samples": len(dataset),
         }
-        for name, column in zip(names, scores.unbind(1), strict=True):
+        for name, column, lost in zip(names, scores.unbind(1), failed.unbind(1), strict=True):
             known = column[~column.isnan()]
+            metrics[f"{metric_key_prefix}_rewards/{name}/failed"] = lost.mean().item()
             metrics[f"{metric_key_prefix}_rewards/{name}/mean"] = known.mean().item() if len(known) else None
             metrics[f"{metric_key_prefix}_rewards/{name}/std"] = known.std().item() if len(known) > 1 else None
             if len(known) < len(column):
@@ -126,6 +137,12 @@ class EvaluationMixin:
             self.log(added)  # what callbacks found out reaches the loggers, too
         self.model.train()
         return metrics
+
+    def _determine_best_metric(self, metrics, trial):
+        name = self.args.metric_for_best_model
+        if name is not None and metrics.get(name, metrics.get(f"eval_{name}", 0.0)) is None:
+            return False  # no picture had a score: this evaluation says nothing about the model
+        return super()._determine_best_metric(metrics, trial)
 
     def _gather_extra_columns(self, n: int) -> dict[str, list]:
         """What the rewards have noted of each of n samples, by column, from all processes."""

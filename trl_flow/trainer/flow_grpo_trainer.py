@@ -566,9 +566,12 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         if self.args.precompute_prompts and not self._prompts_precomputed:
             self.precompute_prompts()
         self.write_run_file()
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        if self.eval_dataset is not None and self.last_evaluation() != self.state.global_step:
-            self.evaluate()
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            if self.eval_dataset is not None and self.last_evaluation() != self.state.global_step:
+                self.evaluate()
+        finally:
+            self._reward_threads.close()
         self.save_state()
         if self.is_world_process_zero() and any("train_runtime" not in entry for entry in self.state.log_history):
             write_report(self.args.output_dir)

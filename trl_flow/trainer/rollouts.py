@@ -22,6 +22,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -115,10 +116,10 @@ class RolloutMixin:
         rewards, failed = (
             torch.cat([part[i] for part in parts]).unflatten(0, (len(rows), len(plan.leaves))) for i in (0, 1)
         )  # (B, L, R)
-        spoiled = self._check_failures(rewards, failed)
+        # What a function that failed would have said is not known: the sample is out, whatever the others say.
+        judged = rewards.masked_fill(self._check_failures(rewards, failed)[..., None], math.nan)
         advantages, mask = assign_credit(
-            # What a function that failed would have said is not known: the sample is out, whatever the others say.
-            rewards.masked_fill(spoiled[..., None], math.nan),
+            judged,
             self.reward_weights,
             leaves,
             self.credit,
@@ -129,7 +130,9 @@ class RolloutMixin:
         )
         advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
         advantages = self.redistribute(advantages, mask, None if observed[0] is None else torch.cat(observed).cpu())
-        self._log_rollout(rewards, leaves, advantages, mask, plan, times, [row.get("tag") for row in rows])
+        total = combine_rewards(judged, self.reward_weights)
+        self._log_rollout(rewards, total, advantages, mask, plan, times, [row.get("tag") for row in rows])
+        self.log_credit(total[:, leaves], plan)
 
         position = {node: number for number, node in enumerate(rollout.nodes)}
         everything = {
@@ -169,22 +172,28 @@ class RolloutMixin:
         used = self.reward_weights != 0
         spoiled = failed[..., used].any(-1)
         # Counted over all processes: one of them alone must not leave the others waiting.
-        num_known = int((~rewards[..., used].isnan()).sum())
-        counts = torch.tensor([num_known, int(spoiled.sum()), spoiled.numel()])
-        num_known, num_spoiled, count = self._gather(counts).view(-1, 3).sum(0).tolist()
+        counts = [(~rewards[..., used].isnan()).sum(), spoiled.sum(), *failed.sum((0, 1))]
+        counts = self._gather(torch.stack(counts)).view(self.args.world_size, -1).sum(0)
+        num_known, num_spoiled, *num_failed = counts.tolist()
+        count = spoiled.numel() * self.args.world_size
         names = ", ".join(self.reward_names)
+        for name, number in zip(self.reward_names, num_failed, strict=True):
+            self._metrics["train"][f"rewards/{name}/failed"].append(number / count)
         if num_known == 0:
             raise NothingToLearnError(
-                f"None of the reward functions ({names}) has a score for any of the {spoiled.numel()} pictures of step "
+                f"None of the reward functions ({names}) has a score for any of the {count} pictures of step "
                 f"{self.state.global_step}: there is nothing to learn from."
             ) from self._last_reward_error
         if num_spoiled > self.args.max_nan_fraction * count:
-            shares = failed.flatten(0, 1).double().mean(0).tolist()
-            shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(self.reward_names, shares, strict=True))
+            shares = ", ".join(
+                f"{name} {number / count:.0%}" for name, number in zip(self.reward_names, num_failed, strict=True)
+            )
+            # All processes are here: what one of them was told, the others can tell.
+            first = next((text for text in gather_object([_describe(self._last_reward_error)]) if text), "")
             raise ValueError(
                 f"Reward functions failed for {num_spoiled} of the {count} pictures of step {self.state.global_step} "
-                f"({shares}), more than max_nan_fraction={self.args.max_nan_fraction}. Mend them and go on from the last "
-                "checkpoint (resume_from_checkpoint=True), or allow more."
+                f"({shares}), more than max_nan_fraction={self.args.max_nan_fraction}.{first} Mend them and go on from the "
+                "last checkpoint (resume_from_checkpoint=True), or allow more."
             ) from self._last_reward_error
         return spoiled
 
@@ -209,10 +218,12 @@ class RolloutMixin:
                 (width, height),
                 self.policy.num_frames,
                 trained,
+                self._reward_threads,
                 trainer_state=self.state,
                 log_extra=lambda column, values: None,
                 log_metric=lambda name, value: None,
             )
+        self.release_rewards(self.reward_funcs + self.eval_reward_funcs)
 
     def start_rewards(
         self, reward_funcs, reward_names, rows: list[dict], images: list, groups: list | None = None
@@ -240,11 +251,9 @@ class RolloutMixin:
 
         def wait() -> tuple[torch.Tensor, torch.Tensor]:
             values, failed, errors = collect()
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            for name, column in zip(reward_names, failed.unbind(1), strict=True):
-                metrics[f"rewards/{name}/failed"].append(column.double().mean().item())
-                if errors[name]:
-                    self._last_reward_error = errors[name][0]
+            for raised in errors.values():
+                if raised:
+                    self._last_reward_error = raised[0]
             return values, failed
 
         return wait
@@ -279,9 +288,8 @@ class RolloutMixin:
     def _gather(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
 
-    def _log_rollout(self, rewards, leaves, advantages, mask, plan, times, tags):
+    def _log_rollout(self, rewards, total, advantages, mask, plan, times, tags):
         metrics = self._metrics["train"]
-        total = combine_rewards(rewards, self.reward_weights)
         metrics["reward"].append(_nanmean(total))
         metrics["reward_std"].append(_nanstd(total, dim=1))
         for r, name in enumerate(self.reward_names):
@@ -298,7 +306,10 @@ class RolloutMixin:
             metrics[f"time/{name}"].append(seconds)
         num_images = rewards.shape[0] * rewards.shape[1]
         metrics["images_per_second"].append(num_images / max(sum(times.values()), 1e-9))
-        self.log_credit(total[:, leaves], plan)
+
+
+def _describe(error: Exception | None) -> str:
+    return "" if error is None else f" The last error was {type(error).__name__}: {error}."
 
 
 def _to_pil(images: torch.Tensor) -> list:

@@ -16,6 +16,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def check_output_dir(output_dir: str):
             f"output_dir={output_dir} holds another run ({json.loads(file.read_text())['method']}). Choose another "
             "directory, or go on with that run: resume_from_checkpoint=True."
         )
+
+
+def _describe(rewards: dict[str, dict[str, str]]) -> str:
+    texts = (", ".join(f"{key} {value}" for key, value in source.items()) for source in rewards.values())
+    return ", ".join(f"{name!r} ({text})" if text else repr(name) for name, text in zip(rewards, texts, strict=True))
 
 
 class SavingMixin:
@@ -59,18 +65,23 @@ class SavingMixin:
             )
 
     def check_reward_sources(self, checkpoint: str):
-        """Refuses rewards that are of another revision than those that the checkpoint was trained with."""
-        before, now = self._rollout_state(checkpoint).get("reward_sources", {}), self.reward_sources
-        changed = [
-            f"the reward {name!r} was {before[name]} and is {now[name]} now"
-            for name in before.keys() & now.keys()
-            if before[name].get("revision") != now[name].get("revision")
-        ]
-        if changed:
+        """Refuses trained rewards that are others, or of other revisions, than those of the checkpoint."""
+        before, now = self._rollout_state(checkpoint).get("trained_rewards"), self._trained_rewards()
+        if before is not None and before != now:
             raise ValueError(
-                f"resume_from_checkpoint={checkpoint}: {'; '.join(sorted(changed))}. Name the revision that the run began "
-                "with ('user/repo@commit', or the setting `revision`)."
+                f"resume_from_checkpoint={checkpoint}: it was trained on {_describe(before)}, and this run is to be on "
+                f"{_describe(now)}. Name the rewards and revisions that it began with ('user/repo@commit', or the setting "
+                "`revision`). To go on with other rewards, begin a run with adapter_name_or_path=<the checkpoint>."
             )
+
+    def _trained_rewards(self) -> dict[str, dict[str, str]]:
+        """What each trained reward is, wherever it is."""
+        places = ("directory", "server", "endpoint")
+        sources = self.reward_sources
+        return {
+            name: {key: value for key, value in sources.get(name, {}).items() if key not in places}
+            for name in self.reward_names
+        }
 
     @property
     def reward_sources(self) -> dict[str, dict[str, str]]:
@@ -78,7 +89,12 @@ class SavingMixin:
         functions = zip(
             self.reward_names + self.eval_reward_names, self.reward_funcs + self.eval_reward_funcs, strict=True
         )
-        return {name: dict(source) for name, function in functions if (source := getattr(function, "source", None))}
+        sources = {name: getattr(function, "source", None) for name, function in functions}
+        return {
+            name: {key: str(value) for key, value in source.items()}
+            for name, source in sources.items()
+            if isinstance(source, Mapping) and source
+        }
 
     def write_run_file(self):
         """Marks `output_dir` as taken by this run."""
@@ -132,7 +148,7 @@ class SavingMixin:
         if os.path.isdir(folder) and not self.args.save_only_model:
             state = {
                 "method": self._name,
-                "reward_sources": self.reward_sources,
+                "trained_rewards": self._trained_rewards(),
                 "step": self._step,
                 "nfe": self._nfe,
                 "rows_trained": self._rows_trained,

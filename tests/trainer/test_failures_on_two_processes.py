@@ -1,0 +1,90 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A reward that fails on one of two processes: both go on together, or both stop with the reason."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+SCRIPT = """
+import json, os, sys
+import torch
+from peft import LoraConfig
+from pipelines import brightness, prompts, redness, tiny_sd3
+from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
+
+rank = int(os.environ["RANK"])
+bad = []
+
+def fragile(images, **kwargs):
+    # The second process loses the first of the six pictures of each rollout.
+    if rank == 1 and len(images) == 6:
+        bad[:] = [images[0].tobytes()]
+    if any(image.tobytes() in bad for image in images):
+        raise ConnectionError("no answer from the second machine")
+    return redness(images)
+
+outcomes = {}
+for limit in (0.2, 0.05):
+    config = FlowGRPOConfig(
+        output_dir=f"{sys.argv[1]}/{limit}", use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        max_steps=2, per_device_train_batch_size=2, learning_rate=1.0, num_inference_steps=4, num_generations=3,
+        num_eval_inference_steps=3, guidance_scale=1.0, max_sequence_length=2, beta=0.0, ema_decay=0,
+        max_nan_fraction=limit, multi_objective_aggregation="gdpo", eval_strategy="steps", eval_steps=1,
+    )
+    bad.clear()
+    trainer = FlowGRPOTrainer(
+        tiny_sd3(), [brightness, fragile], config, prompts(8), prompts(3),
+        peft_config=LoraConfig(r=2, lora_alpha=6, target_modules=None),
+    )
+    try:
+        trainer.train()
+    except ValueError as error:
+        outcomes[limit] = {"error": str(error), "step": trainer.state.global_step}
+    else:
+        weights = torch.cat([p.detach().flatten() for p in trainer._trainable])
+        logs = trainer.state.log_history
+        outcomes[limit] = {
+            "failed": [entry["rewards/fragile/failed"] for entry in logs if "rewards/fragile/failed" in entry],
+            "weights": weights.double().sum().item(),
+            "moved": weights.isfinite().all().item(),
+        }
+json.dump(outcomes, open(f"{sys.argv[1]}/{rank}.json", "w"))
+"""
+
+
+@pytest.mark.distributed
+def test_a_reward_that_fails_on_one_process(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    outcome = subprocess.run(
+        [*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    # Below the limit both train, and to the same weights; the failures of one are in the logs of the other.
+    assert first["0.2"]["failed"] == pytest.approx([1 / 12, 1 / 12])
+    assert first["0.2"]["weights"] == second["0.2"]["weights"] and first["0.2"]["moved"]
+    # Above it both stop, each with the reason.
+    for result in (first, second):
+        assert "failed for 1 of the 12 pictures of step 0 (brightness 0%, fragile 8%)" in result["0.05"]["error"]
+        assert "ConnectionError: no answer from the second machine" in result["0.05"]["error"]
+        assert result["0.05"]["step"] == 0
