@@ -115,6 +115,22 @@ def test_pictures_to_start_from(tmp_path):
         assert [picture.getpixel((0, 0)) for picture in dataset["image"]] == [color for *_, color in rows]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_some_rows_without_a_picture(tmp_path, suffix):
+    """More of them than are written at a time, so that nothing can be guessed from the first."""
+    Image.new("RGB", (8, 6), (255, 0, 0)).save(tmp_path / "0.png")
+    path = tmp_path / f"edits{suffix}"
+    names = [None] * 1100 + ["0.png"]
+    if suffix == ".csv":
+        path.write_text("prompt,image\n" + "".join(f"{number},{name or ''}\n" for number, name in enumerate(names)))
+    else:
+        lines = [json.dumps({"prompt": str(number), "image": name}) for number, name in enumerate(names)]
+        path.write_text("\n".join(lines))
+    dataset = load_prompts(str(path))
+    assert dataset[0]["image"] is None and dataset[1099]["image"] is None
+    assert dataset[1100]["image"].getpixel((0, 0)) == (255, 0, 0)
+
+
 def test_the_embedded_prompts():
     assert "shapes" in PROMPT_SETS
     dataset = load_prompts("shapes", num_prompts=5)

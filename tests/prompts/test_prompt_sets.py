@@ -459,6 +459,51 @@ class TestTrainersDatasets:
             as_prompts(stream)
         assert len(as_prompts(stream.take(50))) == 50
 
+    @pytest.mark.parametrize("late", [5, 1000, 1200])
+    def test_a_column_that_comes_late_in_a_stream(self, late):
+        def rows():
+            for number in range(1300):
+                yield {"prompt": f"prompt {number}", **({"tag": "late"} if number >= late else {})}
+
+        with pytest.raises(ValueError, match=rf"row {late} of the stream has the column tag, .*features=Features\("):
+            as_prompts(IterableDataset.from_generator(rows))
+        features = Features({"prompt": Value("string"), "tag": Value("string")})
+        dataset = as_prompts(IterableDataset.from_generator(rows, features=features))
+        assert dataset["tag"][:] == [None] * late + ["late"] * (1300 - late)
+
+    def test_a_column_that_some_rows_of_a_stream_lack(self):
+        rows = [{"prompt": "a", "tag": "x"}, {"prompt": "b"}]
+        assert as_prompts(IterableDataset.from_generator(lambda: iter(rows)))["tag"][:] == ["x", None]
+
+    @pytest.mark.parametrize(
+        "include, cause",
+        [
+            (lambda late: [{"class": "cat", **({"color": "red"} if late else {})}], "TypeError: .* struct<.*color"),
+            (lambda late: "red" if late else None, "TypeError: .*'include'"),
+            (lambda late: "red" if late else 1, "ArrowInvalid: "),
+        ],
+    )
+    def test_rows_of_a_stream_of_other_types_than_the_first(self, include, cause):
+        def rows():
+            for number in range(1100):
+                yield {"prompt": f"prompt {number}", "include": include(number > 1050)}
+
+        with pytest.raises(ValueError, match=rf"does not fit the ones before it. {cause}.*features=Features\("):
+            as_prompts(IterableDataset.from_generator(rows))
+
+    @pytest.mark.parametrize("features", [None, Features({"prompt": Value("string")})])
+    def test_streams_without_rows(self, features):
+        with pytest.raises(ValueError, match="the stream has no rows: expected some with a column 'prompt'"):
+            as_prompts(IterableDataset.from_generator(lambda: iter(()), features=features))
+
+    def test_an_error_of_the_stream_itself(self):
+        def rows():
+            yield {"prompt": "a"}
+            raise TypeError("a bug of mine")
+
+        with pytest.raises(TypeError, match="^a bug of mine$"):
+            as_prompts(IterableDataset.from_generator(rows))
+
     @pytest.mark.parametrize("known", [True, False])
     def test_pictures_in_a_stream(self, known):
         picture = Picture.frombytes("RGB", (4, 3), random.Random(0).randbytes(36))

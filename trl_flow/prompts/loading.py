@@ -24,9 +24,11 @@ from pathlib import Path
 from datasets import (
     Dataset,
     DatasetDict,
+    Features,
     Image,
     IterableDataset,
     IterableDatasetDict,
+    Value,
     load_dataset,
     load_dataset_builder,
 )
@@ -41,6 +43,11 @@ from .sets import PROMPT_SETS, Part, PromptSet
 _BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 # More than this of a stream, which may have no end, is not stored without being asked for.
 MOST_PROMPTS = 1_000_000
+_NAME_TYPES = (
+    "Types are guessed from the first rows: name all columns and their types, such as "
+    "IterableDataset.from_generator(..., features=Features({'prompt': Value('string'), ...})) or "
+    "load_dataset(..., features=...)."
+)
 
 
 def load_prompts(
@@ -243,7 +250,10 @@ def _load_file(name: str, split: str) -> Dataset:
         dataset = dataset.rename_column("text", "prompt").filter(lambda row: row["prompt"].strip() != "")
     if _is_text(dataset.features.get("image")):
         folder = Path(name).parent
-        dataset = dataset.map(lambda row: {"image": str(folder / row["image"])}).cast_column("image", Image())
+        dataset = dataset.map(
+            lambda row: {"image": None if row["image"] is None else str(folder / row["image"])},
+            features=Features({**dataset.features, "image": Value("string")}),  # not guessed from rows that have none
+        ).cast_column("image", Image())
     return dataset
 
 
@@ -333,16 +343,41 @@ def _store_stream(stream: IterableDataset, num_prompts: int | None, fingerprint:
     if num_prompts is not None:
         stream = stream.take(num_prompts)
 
-    def rows():
-        for count, row in enumerate(stream):
-            if num_prompts is None and count == MOST_PROMPTS:
-                raise ValueError(
-                    f"the stream has more than {MOST_PROMPTS:,} prompts: say how many to keep, with num_prompts or "
-                    "dataset.take(n)."
-                )
-            yield row
+    own = None  # what the stream itself raised
 
-    return _store(rows, features, fingerprint)
+    def rows():
+        nonlocal own
+        columns, count = features, -1
+        try:
+            for count, row in enumerate(stream):
+                if num_prompts is None and count == MOST_PROMPTS:
+                    raise ValueError(
+                        f"the stream has more than {MOST_PROMPTS:,} prompts: say how many to keep, with num_prompts or "
+                        "dataset.take(n)."
+                    )
+                columns = dict.fromkeys(row) if columns is None else columns
+                if unknown := [column for column in row if column not in columns]:
+                    # It would be left out without a word.
+                    raise ValueError(
+                        f"row {count} of the stream has the column {', '.join(unknown)}, which its first row has not. "
+                        f"{_NAME_TYPES}"
+                    )
+                yield {**dict.fromkeys(columns), **row}
+            if count == -1:
+                raise ValueError("the stream has no rows: expected some with a column 'prompt'.")
+        except Exception as error:
+            own = error
+            raise
+
+    try:
+        return _store(rows, features, fingerprint)
+    except (TypeError, ValueError, NotImplementedError, OverflowError) as error:  # those of pyarrow, too
+        if error is own:
+            raise
+        text = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"the stream has a row that does not fit the ones before it. {type(error).__name__}: {text}. {_NAME_TYPES}"
+        ) from error
 
 
 def _store(rows: Callable[[], Iterable[dict]], features=None, fingerprint: str | None = None) -> Dataset:
