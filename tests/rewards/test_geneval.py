@@ -13,8 +13,10 @@
 # limitations under the License.
 
 import json
+import math
 import random
 import sys
+import weakref
 from itertools import product
 
 import numpy as np
@@ -34,6 +36,7 @@ from transformers import (
 
 from trl_flow import load_reward
 from trl_flow.prompts.geneval import CLASSES, COLORS, geneval_dataset
+from trl_flow.rewards import models
 from trl_flow.rewards.geneval import (
     Detection,
     Wanted,
@@ -113,7 +116,7 @@ def test_too_many_is_wrong_where_the_metadata_exclude_it():
     assert [scores(TWO_DOGS, [dog(0, 0)] * n, exclude)["paper"] for n in range(5)] == [0, 0, 1, 0, 0]
     excluded_cat = [{"class": "cat", "count": 1}]
     found = scores(ONE_DOG, [dog(0, 0), cat(20, 0, confidence=0.5)], excluded_cat)
-    assert found["paper"] == found["strict"] == 0
+    assert found["paper"] == found["strict"] == 0 and found["graded"] == 1
 
 
 def test_the_most_confident_sixteen_count():
@@ -460,6 +463,59 @@ def test_masks_lie_where_the_pixels_are(checkpoints):
         del reward._shared.module.forward
 
 
+def test_outputs_that_are_not_finite_are_missing_scores(checkpoints):
+    reward = load(checkpoints)
+    reward.prepare()
+    detector = reward._shared.module
+    original, images = detector.forward, [picture(seed, 384, 384) for seed in (3, 4, 3)]
+    (objects, *_) = reward.detect(images, [set()] * 3)
+    include = [[{"class": objects[0].name, "count": 1}]] * 3
+    expected = reward([""] * 3, images, include=include)
+
+    def forward(**kwargs):
+        outputs = original(**kwargs)
+        outputs.class_queries_logits[1, 0, 0] = float("inf")
+        outputs.masks_queries_logits[2, 5, 7, 9] = float("nan")
+        return outputs
+
+    detector.forward = forward
+    metrics, logged = {}, {}
+    try:
+        scores = reward(
+            [""] * 4,
+            [*images, images[0]],
+            include=[*include, None],
+            log_metric=metrics.__setitem__,
+            log_extra=logged.__setitem__,
+        )
+    finally:
+        del detector.forward
+    assert scores == [expected[0], pytest.approx(math.nan, nan_ok=True), pytest.approx(math.nan, nan_ok=True), None]
+    assert math.isfinite(metrics["geneval/paper"]) and logged["geneval_found"][1:] == [None] * 3
+
+
+def test_colours_that_clip_cannot_say_are_missing_scores(checkpoints):
+    reward = load(checkpoints)
+    image = picture(3, 384, 384)
+    name = reward.detect([image], [set()])[0][0].name
+    projection = reward._clip._shared.module.visual_projection.weight
+    kept = projection.clone()
+    try:
+        projection.data[0, 0] = math.nan
+        scores = reward(
+            [""] * 2, [image] * 2, include=[[{"class": name, "count": 1, "color": color}] for color in ("red", None)]
+        )
+    finally:
+        projection.data.copy_(kept)
+    # Where no colour is asked for, CLIP is not.
+    assert math.isnan(scores[0]) and math.isfinite(scores[1])
+
+
+@pytest.mark.parametrize("include", [None, [], "[]", " [] ", "null", ""])
+def test_without_entries_it_does_not_apply(include):
+    assert load_reward("geneval")([""], [picture(0, 8, 8)], include=[include], exclude=["[]"]) == [None]
+
+
 def test_clip_is_shared_and_weights_wait_where_they_are_told(checkpoints):
     clip = load_reward({"clip": {"model": str(checkpoints / "clip"), "dtype": "float64"}})
     geneval = load(checkpoints, offload=True, dtype="float64")  # no other test's weights
@@ -475,9 +531,22 @@ def test_clip_is_shared_and_weights_wait_where_they_are_told(checkpoints):
 
 
 def test_lower_precision(checkpoints):
-    reward = load(checkpoints, dtype="bfloat16")
-    (score,) = reward([""], [picture(0, 64, 64)], include=[RED_DOG])
+    """CLIP's: the detector sees the same."""
+    reward, half = load(checkpoints), load(checkpoints, dtype="bfloat16")
+    image = picture(3, 384, 384)
+    (found,) = half.detect([image], [set()])
+    assert found and [found] == reward.detect([image], [set()])
+    assert half._clip._shared.module.visual_projection.weight.dtype == torch.bfloat16
+    (score,) = half([""], [image], include=[[{"class": found[0].name, "count": 1, "color": "red"}]])
     assert 0 <= score <= 1
+
+
+def test_loading_leaves_the_random_numbers_alone(checkpoints, monkeypatch):
+    monkeypatch.setattr(models, "_SHARED", weakref.WeakValueDictionary())  # nothing is there already
+    reward = load(checkpoints)
+    state = torch.get_rng_state()
+    reward.prepare()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_no_torchvision(checkpoints):

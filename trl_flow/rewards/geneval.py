@@ -15,6 +15,7 @@
 """Reward for objects, counts, colours and positions: GenEval's rules on what a detector finds in a picture."""
 
 import json
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +59,10 @@ class Wanted(NamedTuple):
     position: tuple[str, int] | None = None
 
 
+def _entries(given: list[dict] | str | None) -> list[dict] | None:
+    return json.loads(given or "null") if isinstance(given, str) else given
+
+
 def parse_metadata(include: list[dict] | str, exclude: list[dict] | str | None = None) -> tuple[list, list]:
     """
     What a prompt asks for, from GenEval's metadata. A missing key may also be None, as nested columns of a dataset have it.
@@ -72,7 +77,7 @@ def parse_metadata(include: list[dict] | str, exclude: list[dict] | str | None =
     Raises:
         ValueError: If an entry is not of that form, or names a class, colour or relation that GenEval does not have.
     """
-    include, exclude = (json.loads(entries) if isinstance(entries, str) else entries for entries in (include, exclude))
+    include, exclude = _entries(include), _entries(exclude)
     parsed = []
     for entry in [*include, *(exclude or [])]:
         try:
@@ -178,7 +183,7 @@ def graded_score(include: list[Wanted], found: dict[str, list[Detection]], extra
 
     The terms are the number of its objects and, if asked for, the number in the right colour (each 1 - |wanted - found| /
     wanted, at least 0), and whether all of them are where they should be, seen from all of the others (0 or 1). As in
-    [`~shapes.rewards.score`].
+    [`~shapes.rewards.score`]. `exclude` plays no part.
     """
     terms = []
     for wanted in include:
@@ -197,7 +202,10 @@ def graded_score(include: list[Wanted], found: dict[str, list[Detection]], extra
 def all_scores(
     include: list[Wanted], exclude: list[Wanted], detections: list[Detection], extra_threshold: float
 ) -> dict[str, float]:
-    """A picture's score by each definition, from all detections above GenEval's lower threshold."""
+    """
+    A picture's score by each definition, from all detections above GenEval's lower threshold. `strict` is 1 where `graded`
+    and `paper` are, else 0.
+    """
     found = select(detections, COUNTING_THRESHOLD if is_counting(include) else THRESHOLD)
     asked_for = {wanted.name for wanted in include}
     extra = sum(len(objects) for name, objects in select(detections, extra_threshold).items() if name not in asked_for)
@@ -213,7 +221,8 @@ def all_scores(
 class GenEvalReward(ModelReward):
     """
     Looks for objects with Mask2Former, names their colours with CLIP, and applies GenEval's rules. The dataset has GenEval's
-    columns `include` and perhaps `exclude`; where `include` is None, it does not apply.
+    columns `include` and perhaps `exclude`; where `include` is None or empty, it does not apply. A picture of which a model
+    makes NaN or infinite numbers has no score (NaN).
 
     GenEval itself runs on mmdetection, with other weights and at a higher resolution: **scores are not comparable with
     those of papers**, not even with `score="paper"`. The mean scores by the other definitions are logged as
@@ -222,8 +231,9 @@ class GenEvalReward(ModelReward):
     Args:
         score (`str`, *optional*, defaults to `"graded"`):
             `"graded"`: partial credit for exact counts, colours and positions, divided by one plus the number of objects
-            that nobody asked for. `"strict"`: 1 where `"graded"` is 1, else 0. `"paper"`: GenEval's right (1) or wrong
-            (0), where further objects do no harm, except where it counts. `"flow_grpo"`: what Flow-GRPO trains on. See
+            that nobody asked for; `exclude` plays no part in it. `"strict"`: 1 where both `"graded"` and `"paper"` are 1,
+            so that nothing of `exclude` is there either, else 0. `"paper"`: GenEval's right (1) or wrong (0), where
+            further objects do no harm unless `exclude` names them. `"flow_grpo"`: what Flow-GRPO trains on. See
             [`~rewards.geneval.graded_score`] and its neighbours.
         extra_threshold (`float`, *optional*, defaults to `0.9`):
             Confidence above which an object that nobody asked for costs. 1: none does.
@@ -238,7 +248,8 @@ class GenEvalReward(ModelReward):
         device (`str`, *optional*):
             Where to compute. Defaults to the trainer's device.
         dtype (`str`, *optional*, defaults to `"float32"`):
-            Precision of both models.
+            Precision of CLIP. The detector computes in float32 at least: in half precision it does not find the places
+            where it looks, and on a CPU its outputs are NaN.
         batch_size (`int`, *optional*, defaults to `16`):
             Pictures at a time.
         offload (`bool`, *optional*, defaults to `False`):
@@ -247,7 +258,8 @@ class GenEvalReward(ModelReward):
 
     about = About(
         definition="Mean over what the prompt asks for of exact count, colour and position, divided by one plus the "
-        "number of other objects, as a Mask2Former and a CLIP see them.",
+        "number of other objects, as a Mask2Former and a CLIP see them. What the metadata exclude plays no part in it. "
+        "score='strict': 1 where that is 1 and nothing excluded is there, else 0.",
         scale="0 to 1. Not comparable with GenEval's published scores, which come from mmdetection: same rules "
         "(score='paper'), other weights.",
         source="Ghosh et al. 2023, arXiv:2310.11513; score='flow_grpo': Flow-GRPO, arXiv:2505.05470.",
@@ -280,6 +292,7 @@ class GenEvalReward(ModelReward):
             raise ValueError(f"extra_threshold={extra_threshold}: expected {THRESHOLD} to 1.")
         super().__init__(model, revision, device, dtype, batch_size, offload)
         self.definition = score
+        self._detector_dtype = torch.promote_types(self.dtype, torch.float32)
         self.extra_threshold = extra_threshold
         self._clip = CLIPReward(
             clip_model, clip_revision, device=device, dtype=dtype, batch_size=batch_size, offload=offload
@@ -293,13 +306,13 @@ class GenEvalReward(ModelReward):
         from transformers import Mask2FormerImageProcessorPil
 
         self.image_processor = Mask2FormerImageProcessorPil.from_pretrained(self.model, revision=self.revision)
-        return share(("mask2former", self.model, self.revision, self.dtype), self._load_detector, device)
+        return share(("mask2former", self.model, self.revision, self._detector_dtype), self._load_detector, device)
 
     def _load_detector(self) -> tuple[nn.Module, str | None]:
         from transformers import Mask2FormerForUniversalSegmentation
 
         detector, loading = Mask2FormerForUniversalSegmentation.from_pretrained(
-            self.model, revision=self.revision, dtype=self.dtype, output_loading_info=True
+            self.model, revision=self.revision, dtype=self._detector_dtype, output_loading_info=True
         )
         check_keys(f"a Mask2FormerForUniversalSegmentation ({self.model})", loading["missing_keys"])
         labels = detector.config.id2label
@@ -318,9 +331,9 @@ class GenEvalReward(ModelReward):
         super().release()
         self._clip.release()
 
-    def detect(self, images: list[Image.Image], colored: list[set[str]]) -> list[list[Detection]]:
+    def detect(self, images: list[Image.Image], colored: list[set[str]]) -> list[list[Detection] | None]:
         """
-        Objects in pictures, with a confidence above 0.3.
+        Objects in pictures, with a confidence above 0.3. `None` where a model's numbers are not finite.
 
         Args:
             images (`list[PIL.Image.Image]`): n pictures.
@@ -333,7 +346,7 @@ class GenEvalReward(ModelReward):
             # Where they are in `found`, and what to show to CLIP: the object alone, on grey.
             places, crops = [], []
             for i, image in enumerate(images):
-                for j, (detection, mask) in enumerate(found[i]):
+                for j, (detection, mask) in enumerate(found[i] or ()):
                     if detection.name in colored[i]:
                         alone = Image.composite(
                             image, Image.new("RGB", image.size, _BACKGROUND), Image.fromarray(mask)
@@ -341,28 +354,36 @@ class GenEvalReward(ModelReward):
                         places.append((i, j))
                         crops.append(alone.crop(detection.box))
             colors = self._name_colors(crops, [found[i][j][0].name for i, j in places])
-        detections = [[detection for detection, _ in objects] for objects in found]
+        detections = [objects and [detection for detection, _ in objects] for objects in found]
         for (i, j), color in zip(places, colors, strict=True):
-            detections[i][j] = detections[i][j]._replace(color=color)
+            if color is None:
+                detections[i] = None
+            elif detections[i] is not None:
+                detections[i][j] = detections[i][j]._replace(color=color)
         return detections
 
-    def _segment(self, images: list[Image.Image]) -> list[list[tuple[Detection, np.ndarray]]]:
+    def _segment(self, images: list[Image.Image]) -> list[list[tuple[Detection, np.ndarray]] | None]:
         """
         Objects and their masks, as mmdetection makes them of Mask2Former's output: the likeliest pairs of query and
-        class, each with its likelihood times the mean of its mask's probabilities within the mask.
+        class, each with its likelihood times the mean of its mask's probabilities within the mask. `None` for a picture
+        of which the output is not finite.
         """
         model = self._awake()
         inputs = self.image_processor(images=images, return_tensors="pt").to(self._shared.device)
-        outputs = model(pixel_values=inputs["pixel_values"].to(self.dtype), pixel_mask=inputs["pixel_mask"])
+        outputs = model(pixel_values=inputs["pixel_values"].to(self._detector_dtype), pixel_mask=inputs["pixel_mask"])
         found = [[] for _ in images]
-        for objects, image, class_logits, mask_logits, real in zip(
-            found,
-            images,
-            outputs.class_queries_logits.float(),
-            outputs.masks_queries_logits.float(),
-            inputs["pixel_mask"].bool(),
-            strict=True,
+        for number, (image, class_logits, mask_logits, real) in enumerate(
+            zip(
+                images,
+                outputs.class_queries_logits.float(),
+                outputs.masks_queries_logits.float(),
+                inputs["pixel_mask"].bool(),
+                strict=True,
+            )
         ):
+            if not (class_logits.isfinite().all() and mask_logits.isfinite().all()):
+                found[number] = None
+                continue
             likelihood = class_logits.softmax(-1)[:, :-1]  # the last class is "nothing"
             likelihood, index = likelihood.flatten().topk(len(class_logits))
             index = index[likelihood > THRESHOLD]  # the mask can only lower it
@@ -380,11 +401,14 @@ class GenEvalReward(ModelReward):
                 if confidence > THRESHOLD:
                     rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
                     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-                    objects.append((Detection(CLASSES[label], confidence, tuple(map(int, box))), mask))
+                    found[number].append((Detection(CLASSES[label], confidence, tuple(map(int, box))), mask))
         return found
 
-    def _name_colors(self, crops: list[Image.Image], names: list[str]) -> list[str]:
-        """CLIP's choice among GenEval's colours for each object: the nearest mean of three prompts."""
+    def _name_colors(self, crops: list[Image.Image], names: list[str]) -> list[str | None]:
+        """
+        CLIP's choice among GenEval's colours for each object: the nearest mean of three prompts. `None` where its numbers
+        are not finite.
+        """
         chosen, clip = [], self._clip
         for start in range(0, len(crops), self.batch_size):
             model = clip._awake()
@@ -394,7 +418,8 @@ class GenEvalReward(ModelReward):
             for embedding, name in zip(embeddings, names[start : start + self.batch_size], strict=True):
                 prompts = [prompt.format(color=color, name=name) for color in COLORS for prompt in _COLOR_PROMPTS]
                 means = clip.embed_prompts(model, prompts).unflatten(0, (len(COLORS), -1)).mean(1)
-                chosen.append(COLORS[(normalized(means) @ embedding).argmax()])
+                cosines = normalized(means) @ embedding
+                chosen.append(COLORS[cosines.argmax()] if cosines.isfinite().all() else None)
         return chosen
 
     def __call__(
@@ -409,7 +434,7 @@ class GenEvalReward(ModelReward):
     ) -> list[float | None]:
         wanted = {
             number: parse_metadata(entries, exclude[number] if exclude else None)
-            for number, entries in enumerate(include)
+            for number, entries in enumerate(map(_entries, include))
             if entries
         }
         colored = {number: {entry.name for entry in entries if entry.color} for number, (entries, _) in wanted.items()}
@@ -418,14 +443,19 @@ class GenEvalReward(ModelReward):
             batch = numbers[start : start + self.batch_size]
             found = self.detect([images[number] for number in batch], [colored[number] for number in batch])
             detections |= zip(batch, found, strict=True)
-        scores = {number: all_scores(*wanted[number], detections[number], self.extra_threshold) for number in numbers}
+        scores = {
+            number: all_scores(*wanted[number], found, self.extra_threshold)
+            for number, found in detections.items()
+            if found is not None
+        }
         if log_extra is not None:
             log_extra("geneval_found", [_describe(detections.get(number)) for number in range(len(images))])
         if log_metric is not None and scores:
             for name in _SCORES:
                 if name != self.definition:
                     log_metric(f"geneval/{name}", sum(score[name] for score in scores.values()) / len(scores))
-        return [scores[number][self.definition] if number in scores else None for number in range(len(images))]
+        values = dict.fromkeys(wanted, math.nan) | {number: score[self.definition] for number, score in scores.items()}
+        return [values.get(number) for number in range(len(images))]
 
 
 def _describe(detections: list[Detection] | None) -> str | None:
