@@ -13,10 +13,14 @@
 # limitations under the License.
 
 import gc
+import html
 import math
+import random
+import re
 import threading
 import weakref
 
+import ftfy
 import numpy as np
 import pytest
 import torch
@@ -142,6 +146,27 @@ def test_hpsv2_from_its_checkpoint(hps):
     assert_scores(reward(PROMPTS, IMAGES), torch.tensor(expected, dtype=torch.float64), atol=1e-5)
     # In scale, the raw cosine, whatever the temperature.
     assert max(abs(score) for score in expected) <= 1 and np.ptp(expected) > 0.05
+
+
+@pytest.mark.parametrize(
+    "prompt, cleaned",
+    [
+        ("a “cat”’s mat", 'a "cat"\'s mat'),
+        ("cat &amp; dog", "cat & dog"),
+        ("cat &amp;lt; dog", "cat < dog"),
+        ("  A\tcat \n mat ", "a cat mat"),
+        ("cafÃ© ﬁn", "café fin"),
+    ],
+)
+def test_hpsv2_cleans_prompts_as_open_clip_does(hps, prompt, cleaned):
+    # What open_clip's `basic_clean`, `whitespace_clean` and `lower` do.
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+    assert re.sub(r"\s+", " ", text).strip().lower() == cleaned
+    reward = HPSv2Reward(**hps)
+    scores = reward([prompt, cleaned, "rain"], IMAGES[:1] * 3)
+    assert scores[0] == scores[1] != scores[2]
+    pixels = tensors(IMAGES[:1]).float()
+    assert torch.equal(reward.score_tensors(pixels, [prompt]), reward.score_tensors(pixels, [cleaned]))
 
 
 def test_hpsv2_in_transformers_format(hps, tmp_path):
@@ -371,6 +396,23 @@ def test_tensors_score_like_pictures(clip, hps, head, name, size):
     # Pillow rounds to 256 levels in between; without resizing, there is no difference.
     atol = (2e-6 if size == (28, 28) else 5e-3) * (100 / 26 if name == "pickscore" else 1)
     torch.testing.assert_close(scores, torch.tensor(reward(PROMPTS, images)), atol=atol, rtol=0)
+
+
+def test_tensors_cannot_be_resized_with_every_filter():
+    image_processor = clip_processor(28).image_processor
+    image_processor.resample = Image.Resampling.LANCZOS
+    with pytest.raises(ValueError, match="resizes with LANCZOS .*BILINEAR or BICUBIC"):
+        preprocess(torch.rand(1, 3, 40, 40), image_processor)
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore", "hpsv2", "aesthetic"])
+def test_loading_leaves_the_random_numbers_alone(clip, hps, head, name, monkeypatch):
+    monkeypatch.setattr(models, "_SHARED", weakref.WeakValueDictionary())  # nothing is there already
+    settings = {"hpsv2": hps, "aesthetic": {"model": head, "backbone": clip}}.get(name, {"model": clip})
+    reward = load_reward({name: settings})
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    reward.prepare("cpu")
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
 
 
 @pytest.mark.parametrize("size", [(512, 512), (640, 384), (375, 500), (28, 41)])

@@ -15,6 +15,7 @@
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from original_models import OpenCLIP, OriginalImageReward, published_head, shaken
@@ -216,6 +217,27 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         with pytest.raises(ValueError, match="could run any code: it is not loaded"):
             read_checkpoint(str(tmp_path / name))
     assert not Payload.ran
+
+
+def test_what_a_checkpoint_holds_beside_tensors_is_named(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(1)}, "loss": np.float64(0.3)}, tmp_path / "it.pt")
+    with pytest.raises(ValueError, match=r"could run any code.*\(Found: GLOBAL numpy\.\S+\.scalar\)") as refused:
+        read_checkpoint(str(tmp_path / "it.pt"))
+    for words in ("\x1b", "weights_only", "safe_globals"):  # nothing that says how to run it
+        assert words not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["new.pt", "old.pt", "it.safetensors"])
+@pytest.mark.parametrize("kept", [0, 20, 500, 3000])
+def test_damaged_checkpoints_are_refused(tmp_path, name, kept):
+    tensors, path = {"a": torch.ones(40, 40)}, tmp_path / name
+    if name == "it.safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=name == "new.pt")
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=f"{name} (cannot be read: it is damaged|holds more than tensors)"):
+        read_checkpoint(str(path))
 
 
 @pytest.mark.parametrize("saved", [[torch.ones(1)], {"a": 3}, torch.ones(2)])

@@ -13,6 +13,7 @@
 # limitations under the License.
 
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from original_models import OriginalImageReward, bert_tokenizer, cropped, pictur
 from transformers import BertTokenizer
 
 from trl_flow import load_reward
+from trl_flow.rewards import models
 from trl_flow.rewards.image_reward import ImageRewardReward
 
 
@@ -68,6 +70,14 @@ def test_scores_of_the_published_model(published):
     # The prompt is read while the picture is looked at: each of both matters.
     one = ImageRewardReward(**published)(PROMPTS[:2], IMAGES[:1] * 2)
     assert abs(one[0] - one[1]) > 1e-3 and abs(scores[0] - scores[2]) > 1e-3
+
+
+def test_loading_leaves_the_random_numbers_alone(published, monkeypatch):
+    monkeypatch.setattr(models, "_SHARED", weakref.WeakValueDictionary())  # nothing is there already
+    reward = ImageRewardReward(**published)
+    state = torch.get_rng_state()
+    reward.prepare("cpu")
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_neither_batches_nor_order_matter(published):

@@ -14,9 +14,11 @@
 
 """How close a picture is to its prompt in the embedding of a CLIP: CLIP score, PickScore and HPS v2.1."""
 
+import html
 from collections import OrderedDict
 from collections.abc import Callable
 
+import ftfy
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -209,11 +211,17 @@ class PickScoreReward(CLIPReward):
         return scores
 
 
+def _cleaned(prompt: str) -> str:
+    """As open_clip's tokenizer does it: entities twice, because some captions were escaped twice."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split()).lower()
+
+
 class HPSv2Reward(CLIPReward):
     """
     Human Preference Score v2.1: a CLIP trained on people's rankings.
 
-    Pictures that are not square are made smaller as a whole and framed in black, not cropped, as the authors do.
+    Pictures that are not square are made smaller as a whole and framed in black, not cropped, as the authors do. Prompts
+    are cleaned as in open_clip, before they are tokenized: broken encodings, curly quotes, `&amp;`.
 
     Args:
         model (`str`, *optional*, defaults to `"xswu/HPSv2/HPS_v2.1_compressed.pt"`):
@@ -261,6 +269,9 @@ class HPSv2Reward(CLIPReward):
         state_dict, commit = read_checkpoint(self.model, self.revision)
         model = from_state_dict(CLIPModel, *open_clip_vit_h(state_dict), what="an open_clip ViT-H-14")
         return clip_in(self.dtype, model), commit
+
+    def embed_prompts(self, model: nn.Module, prompts: list[str]) -> torch.Tensor:
+        return super().embed_prompts(model, [_cleaned(prompt) for prompt in prompts])
 
     def _sizes(self, height: int, width: int) -> tuple[int, int, int]:
         """Height and width inside of the frame, and the frame's (open_clip's `ResizeMaxSize`)."""

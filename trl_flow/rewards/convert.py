@@ -20,6 +20,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.nn.utils import skip_init
 from transformers import BlipTextConfig, BlipVisionConfig, CLIPConfig
 
 
@@ -287,7 +288,8 @@ def linear_layers(state_dict: StateDict, what: str) -> nn.Sequential:
         raise ValueError(
             f"These are not the weights of {what}: expected linear layers down to one number, got {shapes}."
         )
-    head = nn.Sequential(*(nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)))
+    # Without initial values, which would be drawn from the generator of whoever trains.
+    head = nn.Sequential(*(skip_init(nn.Linear, *pair) for pair in zip(sizes, sizes[1:], strict=False)))
     for layer, number in zip(head, numbers, strict=True):
         layer.load_state_dict({name: state_dict[f"layers.{number}.{name}"] for name in ("weight", "bias")})
     return head

@@ -25,6 +25,8 @@ from pickle import UnpicklingError
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from .convert import StateDict, check_keys
@@ -110,8 +112,8 @@ def read_checkpoint(model: str, revision: str | None = None) -> tuple[StateDict,
         revision (`str`, *optional*): Branch, tag or commit.
 
     Raises:
-        ValueError: If it names no file, the file holds other things than tensors, or could only be read by running
-            code that is in it.
+        ValueError: If it names no file, the file is damaged, holds other things than tensors, or could only be read by
+            running code that is in it.
     """
     path = Path(model)
     if not path.is_file():
@@ -124,18 +126,23 @@ def read_checkpoint(model: str, revision: str | None = None) -> tuple[StateDict,
         from huggingface_hub import hf_hub_download
 
         path = Path(hf_hub_download(f"{user}/{repository}", filename, revision=revision))
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state_dict = load_file(path)
-    else:
-        try:
+    try:
+        if path.suffix == ".safetensors":
+            state_dict = load_file(path)
+        else:
             state_dict = torch.load(path, map_location="cpu", weights_only=True)
-        except UnpicklingError as error:
-            raise ValueError(
-                f"{path} holds more than tensors, and reading it could run any code: it is not loaded. Expected a state "
-                f"dict, saved by torch.save or as safetensors. ({str(error).splitlines()[0]})"
-            ) from error
+    except UnpicklingError as error:
+        # Not all of torch's message, which says how to run the code all the same.
+        found = re.search(r"(unsupported (?:global: )?)(\w+ [\w.]+)", str(error), re.IGNORECASE)
+        raise ValueError(
+            f"{path} holds more than tensors, and reading it could run any code: it is not loaded. Expected a state dict, "
+            f"saved by torch.save or as safetensors.{f' (Found: {found[2]})' if found else ''}"
+        ) from None
+    except (RuntimeError, EOFError, UnicodeDecodeError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} cannot be read: it is damaged, or was not downloaded to its end. Delete it, and get it again. "
+            f"({type(error).__name__}: {str(error).partition('. ')[0]})"
+        ) from error
     if isinstance(state_dict, dict) and isinstance(state_dict.get("state_dict"), dict):
         state_dict = state_dict["state_dict"]
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
@@ -220,7 +227,16 @@ def preprocess(pixels: torch.Tensor, image_processor) -> torch.Tensor:
 
     Returns:
         `torch.Tensor` of shape `(n, 3, crop_height, crop_width)`: In standard deviations.
+
+    Raises:
+        ValueError: If its filter is neither bilinear nor bicubic.
     """
+    if image_processor.resample not in _FILTERS:
+        name = {int(member): member.name for member in Image.Resampling}.get(image_processor.resample, "no filter")
+        raise ValueError(
+            f"The image processor resizes with {name} (resample={image_processor.resample!r}): pictures as tensors can only "
+            "be resized with BILINEAR or BICUBIC. Give pictures, or set its `resample`."
+        )
     height, width = pixels.shape[-2:]
     size, crop = image_processor.size, image_processor.crop_size
     if size.shortest_edge:
