@@ -248,8 +248,8 @@ class GenEvalReward(ModelReward):
         device (`str`, *optional*):
             Where to compute. Defaults to the trainer's device.
         dtype (`str`, *optional*, defaults to `"float32"`):
-            Precision of CLIP. The detector computes in float32 at least: in half precision it does not find the places
-            where it looks, and on a CPU its outputs are NaN.
+            Precision of CLIP. The detector computes in float32 at least: half precision is too coarse for the positions
+            that its attention samples, and makes its outputs NaN on a CPU.
         batch_size (`int`, *optional*, defaults to `16`):
             Pictures at a time.
         offload (`bool`, *optional*, defaults to `False`):
