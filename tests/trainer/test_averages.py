@@ -14,6 +14,7 @@
 
 """What leaves a run is what was evaluated: the moving average, where one is kept."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -78,12 +79,15 @@ def test_the_best_checkpoint_brings_its_average(make_trainer):
             assert torch.equal(parameter.detach(), expected)
 
 
-def test_a_sample_that_lacks_one_of_two_scores_has_no_sum(make_trainer):
+@pytest.mark.parametrize("missing, expected", [(math.nan, 2.0), (None, 1.5)])
+def test_sums_of_samples_that_lack_one_of_two_scores(make_trainer, missing, expected):
+    """One that failed has no sum; one to which a function does not apply has that of the others."""
+
     def half(images, **kwargs):
-        return [1.0 if number % 2 else None for number in range(len(images))]
+        return [1.0 if number % 2 else missing for number in range(len(images))]
 
     def one(images, **kwargs):
         return [1.0] * len(images)
 
     trainer = make_trainer(reward_funcs=[one, half], eval_dataset=prompts(4))
-    assert trainer.evaluate()["eval_reward"] == pytest.approx(2.0)
+    assert trainer.evaluate()["eval_reward"] == pytest.approx(expected)
