@@ -156,6 +156,40 @@ class TestDirectory:
         assert load_reward(file, trust_remote_code=True)(["a"], PICTURES[:1]) == [pytest.approx(250 / 3)]
         assert witness.exists()
 
+    def test_the_revision_of_a_file_is_that_of_what_it_imports(self, tmp_path):
+        directory = tmp_path / "brightness"
+        write(tmp_path, PER_SAMPLE)
+        (directory / "parts" / "deep").mkdir(parents=True)
+        (directory / "helping.py").write_text("from .parts.deep import number\nSCALE = number.ONE\n")
+        (directory / "parts" / "__init__.py").write_text("")
+        (directory / "parts" / "deep" / "number.py").write_text("from ...one import ONE\n")
+        (directory / "one.py").write_text("ONE = 1\n")
+        (directory / "train.py").write_text("import helping\n")
+
+        def load():
+            return load_reward(f"evaluate:{directory / 'brightness.py'}", trust_remote_code=True)
+
+        first = load()
+        for unrelated in ("train.py", "parts/other.py", "words.txt", "__init__.py"):
+            (directory / unrelated).write_text("ONE = 2\n")
+            assert load().source == first.source, unrelated
+        revisions = {first.source["revision"]}
+        for own in ("brightness.py", "helping.py", "parts/__init__.py", "parts/deep/number.py", "one.py"):
+            text = (directory / own).read_text()
+            (directory / own).write_text(text.replace("ONE = 1", "ONE = 2") + "\n")
+            revisions.add(load().source["revision"])
+        assert len(revisions) == 6
+        assert [reward(["a"], PICTURES[:1])[0] for reward in (first, load())] == pytest.approx([250 / 3, 500 / 3])
+        # Of a directory everything counts.
+        whole = load_reward(f"evaluate:{directory}", trust_remote_code=True).source
+        (directory / "train.py").write_text("ONE = 3\n")
+        assert load_reward(f"evaluate:{directory}", trust_remote_code=True).source != whole
+
+    def test_a_file_without_python_in_it(self, tmp_path):
+        (tmp_path / "broken.py").write_text("from . import (\n")
+        with pytest.raises(ValueError, match="broken.py could not be imported .SyntaxError"):
+            load_reward(f"evaluate:{tmp_path / 'broken.py'}", trust_remote_code=True)
+
     @pytest.mark.parametrize(
         "module, settings, message",
         [

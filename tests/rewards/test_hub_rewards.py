@@ -81,6 +81,7 @@ SCRIPT = """
 import json, logging, os, sys
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from trl_flow.rewards import load_reward
@@ -93,6 +94,13 @@ logging.getLogger("trl_flow.rewards.hub").addHandler(handler)
 witness = Path(os.environ["WITNESS"])
 results, loaded = {}, {}
 for name, (function, args, kwargs) in json.loads(sys.argv[1]).items():
+    if function == "hf_hub_download":
+        hf_hub_download(*args, **kwargs)
+        continue
+    if function == "remove":
+        for path in Path(os.environ["HF_HOME"]).glob(*args):
+            path.unlink()
+        continue
     logged.clear()
     witness.unlink(missing_ok=True)
     try:
@@ -278,6 +286,80 @@ class TestHub:
         assert "no consent" in gone["without consent"]["error"] and not gone["without consent"]["ran"]
         for name in ("branch", "unknown commit"):
             assert "the Hub could not be asked" in gone[name]["error"] and "COMMIT" in gone[name]["error"]
+
+
+@pytest.fixture(scope="module")
+def incomplete(tmp_path_factory):
+    """What became of commits of which one file was read before they were loaded, or whose download was killed."""
+    trust = {"trust_remote_code": True}
+    tmp_path = tmp_path_factory.mktemp("incomplete")
+    files = {
+        "reward.py": "from .words import WORDS\n" + SCORE.format(number="len(WORDS)"),
+        "words.py": "WORDS = 'ab'\n",
+    }
+    reads = {"reward.py": "open(__file__.replace('reward.py', 'words.txt'))\n", "words.txt": "ab"}
+    with LoopbackHub() as hub:
+        contents = {
+            name: {"README.md": "# It\n", **files} for name in ("card", "code", "killed", "later-card", "later-code")
+        }
+        contents |= {"later-killed": files, "later-read": reads}
+        contents["later-alone"] = {"reward.py": SCORE.format(number=5), "README.md": "# It\n"}
+        shas = {name: hub.add("model", f"user/{name}", content) for name, content in contents.items()}
+        cases = {name: ("load_reward", [f"user/{name}@{sha}"], trust) for name, sha in shas.items()}
+        steps = {}
+        for name, sha in shas.items():
+            if "killed" in name:
+                steps[f"load {name}"] = cases[name]
+                steps[f"remove {name}"] = ("remove", [f"hub/*{name}/snapshots/*/words.py"], {})
+            else:
+                filename = "README.md" if "card" in name else "reward.py"
+                steps[f"read {name}"] = ("hf_hub_download", [f"user/{name}", filename], {"revision": sha})
+        steps |= {name: cases[name] for name in ("card", "code", "killed")}
+        steps |= {"card again": cases["card"], "refused": ("load_reward", cases["later-alone"][1], {})}
+        found = run(hub, steps, tmp_path)
+        found["asked"] = [path for _, path in hub.requests if path.startswith("/api/models/user/card")]
+        found["after refusal"] = len(list((tmp_path / "home").glob("hub/*later-alone/snapshots/*/*")))
+        hub.stop()
+        found |= run(hub, {name: cases[name] for name in cases if name.startswith("later-")}, tmp_path)
+        offline = {name: cases[name] for name in ("later-alone", "later-code", "card")}
+        found["offline"] = run(hub, offline, tmp_path, HF_HUB_OFFLINE="1")
+    return found
+
+
+class TestIncompleteCache:
+    @pytest.mark.parametrize("name", ["card", "code", "killed"])
+    def test_is_completed(self, incomplete, name):
+        assert incomplete[name].get("scores") == [2], incomplete[name]
+        assert incomplete[name]["logged"] == []
+
+    def test_a_complete_one_is_not_asked_for(self, incomplete):
+        assert incomplete["card again"]["scores"] == [2]
+        assert len(incomplete["asked"]) == len(set(incomplete["asked"])) > 0
+        assert incomplete["offline"]["card"]["scores"] == [2] and incomplete["offline"]["card"]["logged"] == []
+
+    def test_nothing_is_downloaded_without_consent(self, incomplete):
+        assert "no consent" in incomplete["refused"]["error"] and incomplete["after refusal"] == 1
+
+    @pytest.mark.parametrize(
+        "name, message",
+        [
+            ("later-card", "holds no reward.py, only README.md"),
+            ("later-code", "reward.py imports .words, which is not there"),
+            ("later-read", "could not be imported (FileNotFoundError"),
+        ],
+    )
+    def test_what_is_said_without_the_hub(self, incomplete, name, message):
+        for found in (incomplete[name], incomplete["offline"].get(name, incomplete[name])):
+            assert message in found["error"] and "may be incomplete: load it once while the Hub" in found["error"]
+
+    def test_one_known_to_be_incomplete(self, incomplete):
+        assert "only a full commit of a repository that is completely in the" in incomplete["later-killed"]["error"]
+
+    def test_what_is_there_may_be_enough(self, incomplete):
+        for found in (incomplete["later-alone"], incomplete["offline"]["later-alone"]):
+            assert found["scores"] == [5]
+            (message,) = found["logged"]
+            assert "the Hub could not be asked" in message and "may be incomplete" in message
 
 
 class TestDirectory:

@@ -46,7 +46,8 @@ def load_evaluate_module(
 
     Args:
         name (`str`): Id of a Space (`"user/space"`, `"user/space@revision"`), a directory that holds a file of its own
-            name (`"./brightness"` with `brightness.py`), or such a file.
+            name (`"./brightness"` with `brightness.py`), or such a file: then its revision is a hash of the file and
+            of what it imports relatively, not of all that lies beside it.
         revision (`str`, *optional*), trust_remote_code (`bool`, *optional*): See
             [`~trl_flow.rewards.hub.load_hub_reward`].
         settings: Of [`EvaluateReward`].
@@ -61,12 +62,14 @@ def load_evaluate_module(
         raise ValueError(
             f"{shown}: expected a Space with its owner, such as 'evaluate:evaluate-metric/{name}', or a directory."
         )
-    place = name
-    if os.path.isfile(name):
+    place, is_file = name, os.path.isfile(name)
+    if is_file:
         place, filename = os.path.dirname(name) or ".", os.path.basename(name)
     else:
         filename = f"{Path(name).resolve().name}.py"
-    directory, source = fetch(place, filename, revision, trust_remote_code, repo_type="space", prefix="evaluate:")
+    directory, source = fetch(
+        place, filename, revision, trust_remote_code, repo_type="space", prefix="evaluate:", only_file=is_file
+    )
     if unknown := sorted(settings.keys() - {"score", "inputs", "config_name", "arguments"}):
         raise ValueError(
             f"{shown} has no setting {', '.join(unknown)}: expected score, inputs, config_name, arguments (what the "

@@ -14,6 +14,7 @@
 
 """Reward functions from the Hub or a directory: nothing of them runs without consent, and what ran has a name."""
 
+import ast
 import hashlib
 import importlib
 import inspect
@@ -26,8 +27,9 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 
 import httpx2
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -44,6 +46,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_UNREACHABLE = (httpx2.HTTPError, OfflineModeIsEnabled)
 
 
 def load_hub_reward(name: str, revision: str | None = None, trust_remote_code: bool | None = None) -> Callable:
@@ -96,6 +99,7 @@ def fetch(
     trust_remote_code: bool | None = None,
     repo_type: str = "model",
     prefix: str = "",
+    only_file: bool = False,
 ) -> tuple[Path, dict[str, str]]:
     """
     The files of a repository or directory whose code is about to run, after consent to that.
@@ -106,6 +110,8 @@ def fetch(
         revision (`str`, *optional*), trust_remote_code (`bool`, *optional*): See [`load_hub_reward`].
         repo_type (`str`, *optional*, defaults to `"model"`): `"model"` or `"space"`.
         prefix (`str`, *optional*): What stood before the name, for messages.
+        only_file (`bool`, *optional*, defaults to `False`): Of a directory, whether the revision is a hash of that file
+            and of what it imports relatively (`from .words import WORDS`), instead of all Python files in it.
 
     Returns:
         `tuple[Path, dict[str, str]]`: The directory that holds them, and where they came from.
@@ -115,21 +121,35 @@ def fetch(
         if revision is not None:
             raise ValueError(f"{shown} is a directory, which has no revision={revision!r}. Leave it out.")
         directory = Path(name).resolve()
-        source = {"directory": str(directory), "revision": _hash(directory)}
+        source = {"directory": str(directory), "revision": _hash(directory, filename if only_file else None)}
         files = [path.name for path in directory.iterdir()]
         place = str(directory)
     else:
         _check_id(name, shown)
         directory = _cached(name, revision, repo_type)
+        if directory is None or not _is_listed(name, revision, repo_type):
+            try:
+                commit, files = _ask_hub(name, revision, repo_type, shown)
+                directory = None  # whatever is missing there is yet to be downloaded
+            except _UNREACHABLE as error:
+                if directory is None:
+                    raise ValueError(
+                        f"{shown}: the Hub could not be asked for it ({type(error).__name__}: {error}). Without the Hub, "
+                        "only a full commit of a repository that is completely in the cache can be loaded: "
+                        "user/repo@COMMIT."
+                    ) from error
+                logger.warning(
+                    f"{shown}: the Hub could not be asked for it ({type(error).__name__}: {error}). It is loaded from "
+                    f"the cache, where it may be incomplete: {directory}"
+                )
         if directory is not None:
             commit, files = revision, [path.name for path in directory.iterdir()]
-        else:
-            commit, files = _ask_hub(name, revision, repo_type, shown)
         source = {"space" if repo_type == "space" else "repository": name, "revision": commit}
         place = f"{HfApi().endpoint}/{'spaces/' if repo_type == 'space' else ''}{name}/tree/{commit}"
     if filename not in files:
         raise ValueError(
             f"{shown} holds no {filename}, only {', '.join(sorted(files)) or 'nothing'}. It is expected there: {place}"
+            + (_doubt(source) if directory is not None else "")
         )
     # In a log file nobody answers, and the question would only be in the way.
     someone_is_there = hasattr(sys, "ps1") or (sys.stdin is not None and sys.stdin.isatty())
@@ -208,13 +228,15 @@ def import_file(path: Path, source: dict[str, str], shown: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith(f"{package}."):
             raise ValueError(
-                f"{shown}: {path.name} imports {error.name[len(package) :]}, which is not there."
+                f"{shown}: {path.name} imports {error.name[len(package) :]}, which is not there.{_doubt(source)}"
             ) from error
         raise ImportError(
             f"{shown}: {path.name} imports {error.name}, which is not installed, and no requirements.txt names it."
         ) from error
     except Exception as error:  # a stranger's code: anything may come out of it
-        raise ValueError(f"{shown}: {path.name} could not be imported ({type(error).__name__}: {error}).") from error
+        raise ValueError(
+            f"{shown}: {path.name} could not be imported ({type(error).__name__}: {error}).{_doubt(source)}"
+        ) from error
 
 
 def _check_id(name: str, shown: str) -> None:
@@ -230,13 +252,33 @@ def _check_id(name: str, shown: str) -> None:
 
 
 def _cached(name: str, revision: str | None, repo_type: str) -> Path | None:
-    """The snapshot of a commit, if it is in the cache: commits don't change, so nobody has to be asked."""
+    """The snapshot of a commit in the cache, unless files of it are known to be missing."""
     if revision is None or not _COMMIT.fullmatch(revision):
         return None
     try:
         return Path(snapshot_download(name, revision=revision, repo_type=repo_type, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
+
+
+def _is_listed(name: str, commit: str, repo_type: str) -> bool:
+    """
+    Whether the cache knows which files a commit has. Then the snapshot that [`_cached`] finds is complete, and because
+    commits don't change, nobody has to be asked. A download of single files leaves a snapshot without such a list.
+    """
+    try:
+        get_cached_repo_tree(name, repo_type=repo_type, revision=commit)
+    except CachedRepoTreeNotFoundError:
+        return False
+    return True
+
+
+def _doubt(source: dict[str, str]) -> str:
+    """What to add where something is missing: it may only be missing in the cache."""
+    repo_type, key = ("space", "space") if "space" in source else ("model", "repository")
+    if key not in source or _is_listed(source[key], source["revision"], repo_type):
+        return ""
+    return " Its copy in the cache may be incomplete: load it once while the Hub can be reached."
 
 
 def _ask_hub(name: str, revision: str | None, repo_type: str, shown: str) -> tuple[str, list[str]]:
@@ -252,20 +294,40 @@ def _ask_hub(name: str, revision: str | None, repo_type: str, shown: str) -> tup
         ) from error
     except RevisionNotFoundError as error:
         raise ValueError(f"{shown} has no revision {revision!r}: expected a branch, a tag or a commit.") from error
-    except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
-        raise ValueError(
-            f"{shown}: the Hub could not be asked for it ({type(error).__name__}: {error}). Without the Hub, only a full "
-            "commit of a repository that is in the cache can be loaded: user/repo@COMMIT."
-        ) from error
     return repository.sha, [sibling.rfilename for sibling in repository.siblings]
 
 
-def _hash(directory: Path) -> str:
-    """A name for the Python code in a directory; hidden folders don't count."""
+def _hash(directory: Path, filename: str | None = None) -> str:
+    """A name for the Python code in a directory (hidden folders don't count), or for that of one of its files."""
     digest = hashlib.sha256()
-    for path in sorted(directory.rglob("*.py")):
+    for path in sorted(directory.rglob("*.py") if filename is None else _with_imports(directory / filename)):
         relative = path.relative_to(directory)
         if not any(part.startswith(".") for part in relative.parts):
             content = path.read_bytes()
             digest.update(f"{relative.as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:16]
+
+
+def _with_imports(file: Path) -> set[Path]:
+    """A Python file, and those below its folder that it imports relatively, and they in turn."""
+    found, waiting = set(), [file]
+    while waiting:
+        path = waiting.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        try:
+            nodes = list(ast.walk(ast.parse(path.read_bytes())))
+        except (SyntaxError, ValueError):  # importing it will say so
+            continue
+        for node in nodes:
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            for base in path.parents[node.level - 1 : node.level]:
+                parts = node.module.split(".") if node.module else []
+                # `from .a.b import c` runs the packages a and a.b, and c may be a module, too.
+                places = [base.joinpath(*parts[:end]) for end in range(1, len(parts) + 1)]
+                places += [base.joinpath(*parts, alias.name) for alias in node.names]
+                modules = [module for place in places for module in (Path(f"{place}.py"), place / "__init__.py")]
+                waiting += [module for module in modules if module.is_relative_to(file.parent)]
+    return found
