@@ -64,11 +64,12 @@ class TestCheck:
             "determinism",
             "order",
             "batching",
+            "range",
         ]
         assert findings["scores"].text.startswith("numbers for 4 of 8 pictures")
         drawn = [brightness(draw(prompt, (256, 256), seed)) for seed, prompt in enumerate(PROMPTS) if '"' in prompt]
         assert findings["range"].text.startswith(f"{min(drawn):.4g} to {max(drawn):.4g}")
-        assert findings["range"].passed is None and findings["speed"].passed is None
+        assert findings["speed"].passed is None
 
     def test_an_asynchronous_one(self):
         async def reward(prompts, images, **kwargs):
@@ -139,6 +140,26 @@ class TestCheck:
         (finding,) = check_reward(reward)
         assert finding.check == "scores" and finding.passed is False and message in finding.text
 
+    def test_one_that_hides_its_errors(self):
+        def reward(prompts, images, **kwargs):
+            try:
+                return [image.no_such_attribute for image in images]
+            except AttributeError:
+                return [0.0] * len(images)
+
+        found = verdicts(reward)
+        assert list(found) == ["range"] and found["range"].startswith(
+            "0 for all drawn pictures: nothing can be learned"
+        )
+
+    def test_one_that_scores_a_single_picture_is_not_called_constant(self):
+        def reward(prompts, images, **kwargs):
+            return [1.0 if "lemons" in prompt else None for prompt in prompts]
+
+        assert verdicts(reward) == {}
+        found = {finding.check: finding for finding in check_reward(reward)}["range"]
+        assert found.passed is None and found.text == "1 for the only picture with a score"
+
     def test_one_that_only_fails_for_one_picture(self):
         def reward(prompts, images, **kwargs):
             return [brightness(image) for image in images] if len(images) > 1 else brightness(images[0])
@@ -161,7 +182,9 @@ class TestCheck:
             def __call__(self, prompts, images, target, **kwargs):
                 return [brightness(image) - wanted for image, wanted in zip(images, target, strict=True)]
 
-        assert verdicts(Target()) == {"columns": "it needs target, which the prompts have not"}
+        assert verdicts(Target()) == {
+            "columns": "it needs target, which the prompts have not (--prompts names others)"
+        }
         rows = [{"prompt": "a", "target": 10 * number} for number in range(4)]
         assert verdicts(Target(), rows=rows) == {}
 
@@ -247,6 +270,24 @@ class TestCommand:
         output = capsys.readouterr().out
         assert "FAILED" in output and "Fails: scores: returned 1 scores for 8 pictures" in output
 
+    @pytest.mark.parametrize(
+        "score, verdict",
+        [
+            ("1.0", "Fails: range: 1 for all drawn pictures"),
+            ("i.getpixel((9, 9))[0]", "Passes: its scores are numbers, not all alike, and none depends on the other"),
+            (
+                "1.0 if 'lemons' in p else None",
+                "Passes: its scores are numbers, too few to differ, and none depends on",
+            ),
+        ],
+    )
+    def test_what_the_last_line_claims(self, tmp_path, capsys, score, verdict):
+        code = f"def reward(prompts, images, **kwargs):\n    return [{score} for p, i in zip(prompts, images)]\n"
+        (tmp_path / "reward.py").write_text(code)
+        code = cli.main(["rewards", "check", str(tmp_path), "--trust_remote_code"])
+        assert code == (1 if verdict.startswith("Fails") else 0)
+        assert verdict in capsys.readouterr().out.splitlines()[-1]
+
     def test_check_with_settings_rows_and_size(self, tmp_path, capsys):
         (tmp_path / "reward.py").write_text(
             "from trl_flow.rewards import Reward\n\n\nclass Size(Reward):\n    requires = ('target',)\n\n"
@@ -292,6 +333,8 @@ class TestCommand:
             (["check", "shapes", "--num_prompts", "1"], "num_prompts=1"),
             (["check", "no_such_reward"], "'no_such_reward' is unknown"),
             (["show", "no_such_reward"], "'no_such_reward' is unknown"),
+            (["push", "mine", "user/mine", "--settings", "{"], "settings='{' is no JSON"),
+            (["push", "mine", "user/mine", "--no_check", "--prompts", "ocr"], "are for the check alone"),
         ],
     )
     def test_wrong_values(self, args, message, capsys):
@@ -323,6 +366,11 @@ class TestPush:
         (directory / "reward.py").write_text("def reward(prompts, images, **kwargs):\n    return [None]\n")
         assert cli.main(["rewards", "push", str(directory), "user/mine", "--trust_remote_code"]) == 1
         assert "Not pushed" in capsys.readouterr().err
+        (directory / "reward.py").write_text(
+            "def reward(prompts, images, **kwargs):\n    return [0.0] * len(images)\n"
+        )
+        assert cli.main(["rewards", "push", str(directory), "user/mine", "--trust_remote_code"]) == 1
+        assert "Not pushed" in capsys.readouterr().err
         assert cli.main(["rewards", "push", str(directory), "user/mine"]) == 1
         assert "no consent" in capsys.readouterr().err
 
@@ -337,23 +385,34 @@ class TestPush:
             for name in (".git/config", "sub/.hidden", "sub/__pycache__/x.cpython-311.pyc", "words.txt"):
                 (mine / name).parent.mkdir(parents=True, exist_ok=True)
                 (mine / name).write_text("x")
-            (mine / "reward.py").write_text("def reward(prompts, images, **kwargs):\\n    return [1.0] * len(images)\\n")
-            options = ["--trust_remote_code", "--revision", "next", "--message", "All are alike"]
-            assert main(["rewards", "push", "mine", "user/mine", *options]) == 0
+            (mine / "reward.py").write_text(pathlib.Path("red.py").read_text())
+            pathlib.Path("rows.jsonl").write_text('{"prompt": "a", "target": 1}\\n{"prompt": "b", "target": 2}\\n')
+            options = ["--trust_remote_code", "--revision", "next", "--message", "With a column and a setting"]
+            needed = ["--settings", '{"scale": 2}', "--prompts", "rows.jsonl"]
+            assert main(["rewards", "push", "mine", "user/mine", *options]) == 1
+            assert main(["rewards", "push", "mine", "user/mine", *options, *needed[:2]]) == 1
+            assert main(["rewards", "push", "mine", "user/mine", *options, *needed]) == 0
             (mine / "reward.py").write_text("def reward(prompts, images, **kwargs):\\n    return []\\n")
             assert main(["rewards", "push", "mine", "user/mine", "--trust_remote_code"]) == 1
             assert main(["rewards", "push", "mine", "user/unchecked", "--no_check"]) == 0
             assert main(["rewards", "check", "user/mine", "--trust_remote_code"]) == 0
-            assert main(["rewards", "check", "user/mine", "--revision", "next", "--trust_remote_code"]) == 0
+            assert main(["rewards", "check", "user/mine", "--revision", "next", "--trust_remote_code", *needed]) == 0
             assert main(["rewards", "check", "user/unchecked", "--trust_remote_code"]) == 1
         """
+        (tmp_path / "red.py").write_text(
+            "from trl_flow.rewards import Reward\n\n\nclass Red(Reward):\n    requires = ('target',)\n\n"
+            "    def __init__(self, scale):\n        self.scale = scale\n\n"
+            "    def __call__(self, prompts, images, target, **kwargs):\n"
+            "        return [self.scale * image.getpixel((9, 9))[0] + t for image, t in zip(images, target)]\n\n\n"
+            "reward = Red\n"
+        )
         with LoopbackHub() as hub:
             result = hub.run(script, cwd=tmp_path)
             repository = hub.repositories["model", "user/mine"]
         assert repository.private and not hub.repositories["model", "user/unchecked"].private
         main, later = repository.find("main"), repository.find("next")
         assert set(main.files) == {".gitattributes", "README.md", "requirements.txt", "reward.py"}
-        assert set(later.files) == {*main.files, "words.txt"} and later.message == "All are alike"
+        assert set(later.files) == {*main.files, "words.txt"} and later.message == "With a column and a setting"
         assert b"- trl-flow-reward\n" in main.files["README.md"]
         assert b"library_name: trl-flow\n" in main.files["README.md"]
         pinned = re.findall(r"^user/mine@\w+$", result.stdout, re.MULTILINE)

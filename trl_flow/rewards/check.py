@@ -65,12 +65,13 @@ def check_reward(
     rows: list[dict] | None = None,
     image_size: tuple[int, int] = (256, 256),
     device: torch.device | str = "cpu",
+    images: list[Image.Image] | None = None,
 ) -> list[Finding]:
     """
     Call a reward function as a trainer would, on pictures drawn for the prompts, and see whether it can be trained on.
 
-    Its scores must be numbers, one per picture; the same when it is called again, in another order, and, unless it
-    compares the pictures of a group, for one picture at a time.
+    Its scores must be numbers, one per picture, and not all alike; the same when it is called again, in another order,
+    and, unless it compares the pictures of a group, for one picture at a time.
 
     Args:
         reward (`Callable`): A reward function.
@@ -78,17 +79,22 @@ def check_reward(
             reward with group scope gets pictures of the first one only. By default eight prompts without columns.
         image_size (`tuple[int, int]`, *optional*, defaults to `(256, 256)`): Width and height in pixels.
         device (`torch.device`, *optional*, defaults to `"cpu"`): Where it may compute.
+        images (`list[PIL.Image.Image]`, *optional*): A picture for each row. By default they are drawn.
 
     Returns:
         `list[Finding]`: Without one whose `passed` is `False`, the reward is fine.
     """
     rows = rows or [{"prompt": prompt} for prompt in PROMPTS]
     if missing := [column for column in getattr(reward, "requires", ()) if column not in rows[0]]:
-        return [Finding("columns", False, f"it needs {', '.join(missing)}, which the prompts have not")]
+        return [
+            Finding(
+                "columns", False, f"it needs {', '.join(missing)}, which the prompts have not (--prompts names others)"
+            )
+        ]
     in_groups = getattr(reward, "scope", "sample") == "group"
     if in_groups:
         rows = [rows[0]] * len(rows)
-    images = [draw(row["prompt"], image_size, seed) for seed, row in enumerate(rows)]
+    images = images or [draw(row["prompt"], image_size, seed) for seed, row in enumerate(rows)]
     everything = range(len(rows))
 
     def scores(chosen: Iterable[int]) -> list[float]:
@@ -126,8 +132,13 @@ def check_reward(
             findings.append(Finding(check, False, _told(error)))
         seconds[check] = time.perf_counter() - started
     low, high = min(scored), max(scored)
-    text = f"{low:.4g} to {high:.4g} on drawn pictures" if low < high else f"{low:.4g} for all drawn pictures"
-    findings.append(Finding("range", None, text))
+    if low < high:
+        findings.append(Finding("range", True, f"{low:.4g} to {high:.4g} on drawn pictures"))
+    elif len(scored) == 1:
+        findings.append(Finding("range", None, f"{low:.4g} for the only picture with a score"))
+    else:
+        text = f"{low:.4g} for all drawn pictures: nothing can be learned from it. Hidden errors look so, too"
+        findings.append(Finding("range", False, text))
     speed = f"{len(rows) / seconds['determinism']:.3g} pictures per second, {len(rows)} at once"
     if "batching" in seconds:
         speed += f"; {len(rows) / seconds['batching']:.3g} one at a time"

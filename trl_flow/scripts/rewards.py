@@ -142,6 +142,18 @@ class PushArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Whether the check may run the directory's code without asking."}
     )
+    settings: dict | str | None = field(
+        default=None, metadata={"help": "Settings of the reward in the check, as JSON, if it needs some."}
+    )
+    prompts: str | None = field(
+        default=None,
+        metadata={"help": "Prompt set, file or dataset to take rows from in the check, if the reward needs columns."},
+    )
+
+    def __post_init__(self):
+        self.settings = _load_settings(self.settings)
+        if not self.check and (self.settings or self.prompts is not None):
+            raise ValueError("check=False: settings and prompts are for the check alone. Leave them out.")
 
 
 @dataclass
@@ -275,16 +287,20 @@ def _check(reward: Callable, args: CheckArguments) -> bool:
 
     from ..prompts import load_prompts
     from ..rewards.check import PROMPTS, check_reward
+    from ..shapes.pictures import render
 
     prompts = args.prompts or getattr(reward, "prompt_set", None)
     rows = [{"prompt": PROMPTS[i % len(PROMPTS)]} for i in range(args.num_prompts)]
     if prompts is not None:
         rows = [dict(row) for row in load_prompts(prompts, num_prompts=args.num_prompts)]
-    size = args.image_size or (32 if prompts == "shapes" else 256)
+    size, images = args.image_size or (32 if prompts == "shapes" else 256), None
+    if prompts == "shapes":
+        # Anything else is worth 0 to a reward that looks for its shapes. Every second picture is that of another prompt.
+        images = [render(rows[i // 2 * 2]["prompt"], seed=i).resize((size, size)) for i in range(len(rows))]
     device = args.device
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    findings = check_reward(reward, rows, (size, size), device)
+    findings = check_reward(reward, rows, (size, size), device, images)
     return _print_findings(args.name, getattr(reward, "source", None), findings)
 
 
@@ -303,10 +319,12 @@ def _print_findings(name: str, source: dict | None, findings: "list[Finding]") -
         console.print(f"From {where}.")
     if failed:
         line = f"Fails: {'; '.join(f'{finding.check}: {finding.text}' for finding in failed)}."
-    elif any(finding.check == "batching" for finding in findings):
-        line = "Passes: its scores are numbers, and each depends on its own picture."
     else:
-        line = "Passes: its scores are numbers, whatever the order of the pictures."
+        passed = {finding.check for finding in findings if finding.passed}
+        alike = "not all alike" if "range" in passed else "too few to differ"
+        # Whether a score depends on more than the prompt is not looked at.
+        alone = "none depends on the other pictures" if "batching" in passed else "none depends on the pictures' order"
+        line = f"Passes: its scores are numbers, {alike}, and {alone}."
     console.print(line)
     return not failed
 
@@ -333,7 +351,12 @@ def push(args: PushArguments) -> int:
             "reward.py. Save weights as safetensors."
         )
     if args.check:
-        checked = CheckArguments(name=str(directory.resolve()), trust_remote_code=args.trust_remote_code)
+        checked = CheckArguments(
+            name=str(directory.resolve()),
+            trust_remote_code=args.trust_remote_code,
+            settings=args.settings,
+            prompts=args.prompts,
+        )
         if not _check(checked.load(), checked):
             print("Not pushed. --no_check pushes all the same.", file=sys.stderr)
             return 1
