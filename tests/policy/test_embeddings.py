@@ -15,6 +15,7 @@
 """Conditions on disk are those that the pipeline makes, are made once, and let its encoders leave the device."""
 
 import functools
+import importlib
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from PIL import Image
 from pipelines import tiny_sd3
 from tiny import TINY_PIPELINES, call_arguments, tiny_pipeline
 
+import trl_flow.policy.embeddings
 from trl_flow import FlowPolicy
 from trl_flow.policy import FAMILIES, encode_prompts
 from trl_flow.policy.conditioning import make_condition
@@ -311,6 +313,19 @@ def with_one_weight_changed(component):
     return pipeline
 
 
+def with_attribute(name, value):
+    pipeline = changed()
+    assert getattr(pipeline, name) != value
+    setattr(pipeline, name, value)
+    return pipeline
+
+
+def with_another_image_processor():
+    pipeline = changed()
+    pipeline.image_processor.register_to_config(do_normalize=False)
+    return pipeline
+
+
 def with_another_token():
     pipeline = changed()
     pipeline.tokenizer.add_tokens(["purple"])
@@ -324,6 +339,9 @@ CHANGES = {
     "a tokenizer": lambda: {"pipeline": with_another_token()},
     "a scheduler": lambda: {"pipeline": changed(scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0))},
     "the class": lambda: {"pipeline": tiny_pipeline("StableDiffusion3PAGPipeline")},
+    "length of texts": lambda: {"pipeline": with_attribute("tokenizer_max_length", 7)},
+    "usual size": lambda: {"pipeline": with_attribute("default_sample_size", 64)},
+    "pictures' preprocessing": lambda: {"pipeline": with_another_image_processor()},
     "negative prompt": lambda: {"negative_prompt": "blue"},
     "guidance": lambda: {"guidance_scale": 2.5},
     "size": lambda: {"height": 16},
@@ -337,11 +355,91 @@ def test_fingerprints_change_with_model_and_settings(change):
     assert make_policy(**CHANGES[change]())[0].fingerprint() != usual_fingerprint()
 
 
-@pytest.mark.parametrize("library", ["diffusers", "transformers", "torch"])
+@pytest.mark.parametrize("library", ["diffusers", "transformers", "torch", "trl_flow.policy.embeddings"])
 def test_fingerprints_change_with_the_libraries(library, monkeypatch):
     expected = usual_fingerprint()
     monkeypatch.setattr(sys.modules[library], "__version__", "0.1")
     assert make_policy()[0].fingerprint() != expected
+
+
+@pytest.mark.parametrize("library", ["ftfy", "pillow", "tokenizers"])
+def test_fingerprints_change_with_what_the_libraries_use(library, monkeypatch):
+    expected, real = usual_fingerprint(), importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == library else real(name))
+    assert make_policy()[0].fingerprint() != expected
+
+
+def test_fingerprints_change_with_the_format(monkeypatch):
+    expected = usual_fingerprint()
+    monkeypatch.setattr(trl_flow.policy.embeddings, "FORMAT", 0)
+    assert make_policy()[0].fingerprint() != expected
+
+
+OWN_PIPELINE = """
+from diffusers import StableDiffusion3Pipeline as Stock
+class StableDiffusion3Pipeline(Stock):
+    def encode_prompt(self, *args, **kwargs):
+        return super().encode_prompt(*args, **kwargs){more}
+"""
+
+
+def test_fingerprints_change_with_the_pipeline_s_code(tmp_path, monkeypatch):
+    """A class of the same name, and its next version."""
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {usual_fingerprint()}
+    for more in ("", "  # or not"):
+        (tmp_path / "own_pipeline.py").write_text(OWN_PIPELINE.format(more=more))
+        sys.modules.pop("own_pipeline", None)
+        importlib.invalidate_caches()
+        pipeline = changed()
+        pipeline.__class__ = importlib.import_module("own_pipeline").StableDiffusion3Pipeline
+        found.add(make_policy(pipeline=pipeline)[0].fingerprint())
+    del sys.modules["own_pipeline"]
+    assert len(found) == 3
+
+
+def swap(rows):
+    rows[[3, 7]] = rows[[7, 3]].clone()
+
+
+def negate(rows):
+    """Two rows, whose bits have the same sum as before modulo 2^64."""
+    rows[[3, 7]] *= -1
+
+
+def shift(rows):
+    """Second differences of the bits: their sum is zero, and so it is if each counts by its place."""
+    rows.view(torch.int32)[0, :4] += torch.tensor([1, -1, -1, 1], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("change", [swap, negate, shift])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hashed_words", [64, 2**20])
+def test_fingerprints_change_with_changes_that_cancel(change, dtype, hashed_words, monkeypatch):
+    """Within what is hashed at once, and across."""
+    embeddings = trl_flow.policy.embeddings
+    monkeypatch.setattr(embeddings, "HASHED_WORDS", hashed_words)
+    embeddings._factors.cache_clear()
+    rows = torch.randn(16, 34, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = list(embeddings._contents(rows))
+    assert list(embeddings._contents(rows.clone())) == before
+    change(rows)
+    assert list(embeddings._contents(rows)) != before
+    embeddings._factors.cache_clear()
+
+
+def test_contents_of_tensors_of_all_kinds():
+    """Those that lie anywhere in a file, and those that fill no whole word."""
+    contents = trl_flow.policy.embeddings._contents
+    file = torch.arange(60, dtype=torch.uint8)
+    for start in range(4):
+        for stop in range(start, 12):
+            found = list(contents(file[start:stop]))
+            assert found == list(contents(file[start:stop].clone()))
+            assert found != list(contents(file[start + 1 : stop + 1])) or start == stop
+    assert list(contents(torch.tensor(1.0))) != list(contents(torch.tensor(-1.0)))
+    assert list(contents(torch.ones(2, 3).T)) == list(contents(torch.ones(3, 2))) != list(contents(torch.ones(2, 3)))
+    assert list(contents(torch.ones(3, dtype=torch.bool))) != list(contents(torch.zeros(3, dtype=torch.bool)))
 
 
 def test_fingerprints_do_not_change_without_a_reason(tmp_path):
