@@ -284,7 +284,7 @@ def test_few_pictures_wait_for_a_slow_reward(make_trainer):
     trainer.decode = counted
     trainer.args.num_logged_images = 0
     trainer.evaluate()
-    assert len(alive) == 54 and max(most) <= 20
+    assert len(alive) == 54 and max(most) <= 10
 
 
 def test_means_by_tag(make_trainer):

@@ -213,25 +213,36 @@ def _score_parts(
     failed = torch.zeros(n * repeats, dtype=torch.bool)
     raised, left, extra = {}, set(range(n * repeats)), {}
 
-    def call(rows: list[int]):
+    def fail(rows: list[int], error: Exception):
+        raised.update(dict.fromkeys((row // repeats for row in rows), error))
+        failed[rows] = True
+        left.difference_update(rows)
+
+    # No recursion: a function that refers to itself would keep the pictures until the next garbage collection.
+    parts = list(reversed(parts))
+    while parts:
+        rows = parts.pop()
         noted = {}
         arguments = {column: [values[row] for row in rows] for column, values in table.items()} | extras
         if "log_extra" in extras:
             arguments["log_extra"] = noted.__setitem__
         try:
+            if id(function) in threads.unavailable:
+                raise threads.unavailable[id(function)]
             result = function(**arguments)
             if inspect.isawaitable(result):
                 result = threads.run(result)
-        except RewardUnavailableError:
-            raise
+        except RewardUnavailableError as error:
+            threads.unavailable[id(function)] = error
+            fail(sorted(left), error)
+            break
         except Exception as error:  # a reward is the user's code: anything may come out of it
             if len(rows) == 1 or whole:
                 fail(rows, error)
-                return
-            middle = len(rows) // 2
-            call(rows[:middle])
-            call(rows[middle:])
-            return
+            else:
+                middle = len(rows) // 2
+                parts += [rows[middle:], rows[:middle]]
+            continue
         scores[rows], failed[rows] = _as_scores(result, name, len(rows))
         left.difference_update(rows)
         for column, values in noted.items():
@@ -243,20 +254,6 @@ def _score_parts(
                 )
             for row, value in zip(rows, values, strict=True):
                 extra.setdefault(column, [None] * (n * repeats))[row] = value
-
-    def fail(rows: list[int], error: Exception):
-        raised.update(dict.fromkeys((row // repeats for row in rows), error))
-        failed[rows] = True
-        left.difference_update(rows)
-
-    try:
-        for rows in parts:
-            if id(function) in threads.unavailable:
-                raise threads.unavailable[id(function)]
-            call(rows)
-    except RewardUnavailableError as error:
-        threads.unavailable[id(function)] = error
-        fail(sorted(left), error)
     if repeats > 1:  # of a video, what was noted of each of its frames
         extra = {c: [values[i : i + repeats] for i in range(0, n * repeats, repeats)] for c, values in extra.items()}
     # A video of which one frame could not be scored has no score.
