@@ -54,3 +54,10 @@ def test_the_command_line_names_it_in_one_line(environment):
     assert result.returncode == 1
     assert result.stderr.startswith("trl-flow doctor: error: torchvision 0.30.0 is broken beside torch")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_reward_names_it(environment):
+    code = "from trl_flow.rewards import load_reward; load_reward('clip').prepare('cpu')"
+    result = run(environment, "-c", code)
+    assert result.returncode == 1
+    assert "ImportError: torchvision 0.30.0 is broken beside torch 2." in result.stderr

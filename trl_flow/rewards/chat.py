@@ -21,7 +21,6 @@ import os
 import random
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
@@ -33,6 +32,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 
 from .reward import RewardUnavailableError
+from .threads import DaemonExecutor
 
 
 # What a wrong key, address or model gets, whatever the picture, and what to do about it.
@@ -200,7 +200,7 @@ class ChatEndpoint:
                 pause = min(_LONGEST_PAUSE, self.backoff * 2**attempt) * self._random.uniform(0.5, 1.0)
                 stop.wait(min(max(pause, outcome.retry_after), left))
 
-        with ThreadPoolExecutor(min(self.max_workers, len(questions))) as pool:
+        with DaemonExecutor(min(self.max_workers, len(questions))) as pool:
             try:
                 urls = dict(zip(pictures, pool.map(_data_url, pictures.values()), strict=True))
                 answers = list(pool.map(ask_one, questions))

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ..environment import check_torchvision
 from .convert import StateDict, check_keys
 from .reward import Reward
 
@@ -328,6 +329,7 @@ class ModelReward(Reward):
             return
         if self._shared is not None:
             self._shared.let_go(self)
+        check_torchvision()  # a broken one makes transformers fail with errors that do not name it
         self._shared = self.load(device)
         if not self.offload:
             self._shared.take(self)
