@@ -86,10 +86,19 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {"name": self.server.name, "scope": "sample", "batch_size": 16, "ready": True})
 
     def do_POST(self):
-        length = int(self.headers.get("Content-Length", 0))
-        if length > MAX_BODY:
-            self.close_connection = True
-            return self.send(413, {"error": f"more than {MAX_BODY} bytes"})
+        length = self.headers.get("Content-Length", "")
+        refused = None
+        if not (length.isascii() and length.isdecimal()):
+            refused = 411, "expected a Content-Length"
+        elif int(length) > MAX_BODY:
+            refused = 413, f"more than {MAX_BODY} bytes"
+        # A web page can make a browser post to this machine, but not with this type.
+        elif self.headers.get_content_type() != "application/json":
+            refused = 415, "expected Content-Type: application/json"
+        if refused:
+            self.close_connection = True  # the body is not read
+            return self.send(refused[0], {"error": refused[1]})
+        length = int(length)
         try:
             request = json.loads(self.rfile.read(length))
             images = [Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB") for text in request["images"]]
@@ -97,15 +106,27 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:  # 400: the client does not try again
             return self.send(400, {"error": f"no request for scores: {error}"})
         try:
-            with self.server.one_at_a_time:
-                scores = [float(value) for value in self.server.reward(prompts, images, columns)]
-        except Exception as error:  # never a made-up score
-            failed = list(range(len(images)))
-            return self.send(200, {"scores": [None] * len(images), "failed": failed, "error": repr(error)})
+            scores, errors = self.score(prompts, images, columns), []
+        except Exception:  # it may be one picture's: the others have scores
+            scores, errors = [], []
+            for i in range(len(images)):
+                try:
+                    values = {name: column[i : i + 1] for name, column in columns.items()}
+                    scores += self.score(prompts[i : i + 1], images[i : i + 1], values)
+                except Exception as error:  # never a made-up score
+                    scores.append(float("nan"))
+                    errors.append(repr(error))
         # JSON has no NaN.
         failed = [number for number, value in enumerate(scores) if value != value]
         scores = [None if value != value else value for value in scores]
-        self.send(200, {"scores": scores, "failed": failed})
+        self.send(200, {"scores": scores, "failed": failed, "error": "; ".join(errors[:1])})
+
+    def score(self, prompts, images, columns):
+        with self.server.one_at_a_time:
+            scores = [float(value) for value in self.server.reward(prompts, images, columns)]
+        if len(scores) != len(images):
+            raise ValueError(f"{len(scores)} scores of {len(images)} pictures")
+        return scores
 
     def send(self, status, content):
         body = json.dumps(content).encode()
