@@ -14,6 +14,7 @@
 
 """A reward server and its client: what is sent arrives, what is wrong is refused, and who waits is served."""
 
+import asyncio
 import base64
 import contextlib
 import datetime
@@ -45,6 +46,7 @@ from PIL import Image
 
 import trl_flow
 from trl_flow.rewards import About, Reward, RewardUnavailableError, load_reward, remote
+from trl_flow.rewards import server as reward_server
 from trl_flow.rewards.remote import TOKEN_VARIABLE, RemoteReward
 from trl_flow.rewards.server import RewardServer
 from trl_flow.shapes import render, shapes_dataset, shapes_reward
@@ -60,8 +62,8 @@ def surroundings(monkeypatch):
 
 
 @contextlib.contextmanager
-def serving(reward, **settings):
-    server = RewardServer(reward, port=0, **settings)
+def serving(reward, port=0, **settings):
+    server = RewardServer(reward, port=port, **settings)
     server.start()
     try:
         server.wait_until_ready()
@@ -174,6 +176,7 @@ def test_no_score_and_not_applicable_are_different(caplog):
         _, _, answer = ask(server, body=body)
         assert answer == {
             "name": "reward",
+            "fingerprint": server.fingerprint,
             "scores": [0.5, None, None, None, None, 1.0],
             "failed": [2, 3, 4],
             "error": "ZeroDivisionError: picture 4",
@@ -234,6 +237,7 @@ def test_the_client_says_of_itself_what_the_server_says():
             "repository": "user/repo",
             "commit": "abc",
             "reward": "Described",
+            "fingerprint": server.fingerprint,
             "server": server.url,
         }
         assert client.about == Described.about
@@ -242,6 +246,47 @@ def test_the_client_says_of_itself_what_the_server_says():
             client(prompts=["p"], images=numbered(1))
         # A group is one request, however large.
         assert client(prompts=["p"] * 40, images=numbered(40), target=["t"] * 40) == [40.0] * 40
+
+
+class Brightness(Reward):
+    def __init__(self, scale=1.0, token=None, revision="main"):
+        self.scale, self.revision, self.commit = scale, revision, None
+
+    @property
+    def source(self):
+        return {"repository": "user/repo", "revision": self.commit or self.revision}
+
+    def prepare(self, device):
+        self.commit = f"commit of {self.revision}"
+
+    def __call__(self, images, **kwargs):
+        return [self.scale * number_of(image) for image in images]
+
+
+def test_other_settings_or_another_revision_are_another_reward():
+    def served(port=0, **settings):
+        return serving(Brightness(**settings), port, spec={"my.rewards.Brightness": settings})
+
+    def score(client):
+        return client(prompts=["p"], images=numbered(2)[1:])
+
+    with served(scale=2.0, token="a") as server:
+        port, before, client = server.server_address[1], server.fingerprint, RemoteReward(server.url)
+        assert server.name == "Brightness"
+        assert score(client) == [2.0]
+        assert client.source["fingerprint"] == before == ask(server, "GET", "/")[2]["fingerprint"]
+    with served(port, scale=2.0, token="b"):  # keys and tokens change no score
+        assert score(client) == [2.0]
+    for settings in ({"scale": 3.0}, {"scale": 2.0, "revision": "next"}):
+        with served(port, **settings) as server:
+            with pytest.raises(RewardUnavailableError, match=f"with other settings.*before {before}.: start it again"):
+                score(client)
+            assert RemoteReward(server.url).source["fingerprint"] == server.fingerprint != before
+
+
+def test_what_it_was_asked_for_by_is_its_name():
+    with serving(shapes_reward, spec="shapes") as server:
+        assert RemoteReward(server.url).name == "shapes"
 
 
 # ---- Many at once ----
@@ -298,6 +343,78 @@ def test_a_full_queue_sends_clients_away_until_there_is_room():
         reward.open.set()
         assert [answer.result()[0] for answer in first] == [200, 200]
         assert later.result() == [0, 1, 2]
+
+
+def test_requests_that_would_take_too_much_memory_are_sent_away(monkeypatch):
+    monkeypatch.setattr(RewardServer, "max_memory", 10 * 2**20)
+    reward = Gate()
+    # A few hundred bytes each, and 4 MB when it is unpacked.
+    body = {"prompts": ["p"], "images": [png(Image.new("1", (1000, 1000)))]}
+    with serving(reward) as server, ThreadPoolExecutor(3) as executor:
+        held = [executor.submit(ask, server, body=body) for _ in range(2)]
+        wait_until(lambda: server._held >= 8_000_000 and server.health()["waiting_pictures"] == 1)
+        status, headers, answer = ask(server, body=body)
+        assert (status, headers["Retry-After"]) == (503, "1")
+        assert answer == {"error": "requests that wait already take 8 MiB"}
+        # So is a body, before it is read.
+        status, _, answer = ask(server, raw=b" " * 2_000_000)
+        assert (status, answer["error"]) == (503, "requests that wait already take 8 MiB")
+        later = executor.submit(RemoteReward(server.url), prompts=["p"], images=[Image.new("1", (1000, 1000))])
+        reward.open.set()
+        assert [answer.result()[0] for answer in held] == [200, 200]
+        assert later.result() == [0]
+        # One that is alone is taken, or it would wait for ever.
+        wait_until(lambda: server._held == 0)
+        assert ask(server, body={"prompts": ["p"] * 4, "images": body["images"] * 4})[0] == 200
+        wait_until(lambda: server._held == 0)
+
+
+@pytest.mark.parametrize("scope", ["sample", "group"])
+def test_scoring_that_takes_longer_than_the_clients_patience_is_done_once(scope, monkeypatch):
+    asked = []
+    enqueue = RewardServer.enqueue
+    monkeypatch.setattr(RewardServer, "enqueue", lambda *args: asked.append(1) or enqueue(*args))
+    reward = Gate(scope)
+    with serving(reward) as server, ThreadPoolExecutor(1) as executor:
+        client = RemoteReward(server.url, timeout=0.5)
+        scores = executor.submit(client, prompts=["p"] * 3, images=numbered(3))
+        wait_until(lambda: len(asked) == 3)
+        assert not scores.done()
+        reward.open.set()
+        assert scores.result() == [0, 1, 2]
+        # What has been delivered is forgotten: the same pictures may be asked for again.
+        wait_until(lambda: not server._begun)
+        assert client(prompts=["p"] * 3, images=numbered(3)) == [0, 1, 2]
+    assert len(reward.calls) == 2
+
+
+def test_a_client_that_loses_patience_keeps_its_turn(monkeypatch):
+    asked = []
+    enqueue = RewardServer.enqueue
+    monkeypatch.setattr(RewardServer, "enqueue", lambda *args: asked.append(1) or enqueue(*args))
+    reward = Gate("group")
+    body = {"prompts": ["p"], "images": [png(numbered(10)[9])]}
+    with serving(reward) as server, ThreadPoolExecutor(3) as executor:
+        first = executor.submit(ask, server, body=body)
+        assert reward.begun.wait(30)
+        scores = executor.submit(RemoteReward(server.url, timeout=0.5), prompts=["p"] * 3, images=numbered(3))
+        wait_until(lambda: len(asked) == 2)
+        last = executor.submit(ask, server, body=body)
+        wait_until(lambda: len(asked) == 5)
+        assert server.health()["waiting_pictures"] == 4
+        reward.open.set()
+        assert scores.result() == [0, 1, 2]
+        assert first.result()[0] == last.result()[0] == 200
+    assert reward.calls == [[9], [0, 1, 2], [9]]
+
+
+def test_scoring_that_takes_too_long_is_called_so():
+    reward = Gate()
+    with serving(reward) as server:
+        client = RemoteReward(server.url, timeout=0.2, max_wait=0.6)
+        with pytest.raises(RewardUnavailableError, match=r"scoring takes longer than timeout=0.2 s.*raise timeout"):
+            client(prompts=["p"], images=numbered(1))
+        reward.open.set()
 
 
 def test_one_bad_picture_costs_no_other_request():
@@ -476,6 +593,52 @@ def test_a_client_that_does_not_finish_is_not_waited_for(small_server, slowly):
     wait_until(lambda: small_server.health()["requests"] == 0)
 
 
+def test_silent_connections_do_not_stop_the_server(monkeypatch):
+    monkeypatch.setattr(RewardServer, "max_connections", 3)
+    monkeypatch.setattr(reward_server, "HEADERS", 1.0)
+    with serving(shapes_reward) as server, contextlib.ExitStack() as stack:
+        address = server.server_address[:2]
+        silent = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(3)]
+        wait_until(lambda: len(server._deadlines) == 3)
+        connection = HTTPConnection(*address, timeout=30)
+        connection.connect()
+        connection.sock.settimeout(30)
+        assert connection.sock.recv(100).startswith(b"HTTP/1.1 503 Too many connections\r\nRetry-After: 1\r\n")
+        assert len(server._deadlines) == 3
+        # They are closed long before request_timeout, and there is room again.
+        assert [connection.recv(1) for connection in silent] == [b""] * 3
+        wait_until(lambda: not server._deadlines)
+        assert ask(server, "GET", "/health")[0] == 200
+
+
+def test_no_more_connections_than_the_system_allows():
+    accepted = []
+
+    class Counting(RewardServer):
+        def get_request(self):
+            accepted.append(1)
+            return super().get_request()
+
+    resource = pytest.importorskip("resource")
+    server = Counting(shapes_reward, port=0)
+    server.start()
+    server.wait_until_ready()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as connection:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (connection.fileno(), limits[1]))
+            connection.connect(server.server_address)
+            wait_until(lambda: len(accepted) >= 3)
+            time.sleep(0.5)
+            assert len(accepted) < 50  # thousands, if it tried as fast as it can
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        connection.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        connection.settimeout(30)
+        assert connection.recv(12) == b"HTTP/1.1 200"
+    server.stop()
+
+
 @pytest.mark.parametrize("result", [[0.5], ["high", "low"], 3])
 def test_a_reward_that_returns_no_scores_is_not_asked_again(result):
     calls = []
@@ -490,19 +653,23 @@ def test_a_reward_that_returns_no_scores_is_not_asked_again(result):
     assert len(calls) == 1
 
 
-def test_a_reward_that_wants_to_end_the_process_does_not():
-    calls = []
+def _leaving(images, prompts, **kwargs):
+    if "bad" in prompts:
+        sys.exit(3)
+    return [1.0] * len(images)
 
-    def reward(images, **kwargs):
-        calls.append(1)
-        if len(calls) == 1:
-            raise SystemExit(3)
-        return [1.0] * len(images)
 
+async def _leaving_later(**kwargs):
+    await asyncio.sleep(0)
+    return _leaving(**kwargs)
+
+
+@pytest.mark.parametrize("reward", [_leaving, _leaving_later])
+def test_a_reward_that_wants_to_end_the_process_loses_a_sample(reward):
     with serving(reward) as server:
-        body = {"prompts": ["p"], "images": [ONE]}
-        assert ask(server, body=body)[0] == 500
-        assert ask(server, body=body)[2]["scores"] == [1.0]
+        _, _, answer = ask(server, body={"prompts": ["good", "bad", "good"], "images": [ONE] * 3})
+    assert answer["scores"] == [1.0, None, 1.0] and answer["failed"] == [1]
+    assert answer["error"] == "RuntimeError: the reward called exit(3)"
 
 
 def test_a_reward_that_itself_waits_for_a_server():
@@ -551,6 +718,8 @@ def test_a_server_that_is_still_loading_says_so():
     }
     status, _, answer = ask(server, body={"prompts": ["p"], "images": [ONE]})
     assert (status, answer) == (503, {"error": "the reward is being loaded"})
+    # Neither is where it comes from known yet: which commit of its weights, say.
+    assert ask(server, "GET", "/")[0] == 503
     reward.load.set()
     server.wait_until_ready()
     status, _, health = ask(server, "GET", "/health")
@@ -740,6 +909,40 @@ def test_a_server_that_is_gone_for_good():
             RemoteReward(server.url, max_wait=0.3)(prompts=["p"] * 40, images=numbered(40))
 
 
+CLIENT = """
+import sys
+import threading
+
+from accelerate import PartialState
+from PIL import Image
+
+from trl_flow.rewards import RewardThreads, start_scoring
+from trl_flow.rewards.remote import RemoteReward
+
+PartialState(cpu=True)
+client = RemoteReward(sys.argv[1], max_wait=3600)
+assert client.scope == "sample"
+scores = start_scoring(RewardThreads(), [client], ["remote"], ["p"] * 40, [Image.new("RGB", (2, 2))] * 40)
+print("waiting", flush=True)
+scores()
+"""
+
+
+def test_ctrl_c_ends_a_process_that_waits_for_its_server():
+    with answering((503, {}, b"")) as server:
+        command = [sys.executable, "-c", CLIENT, server.url]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout.readline() == "waiting\n", process.stderr.read()
+            wait_until(lambda: len(server.asked) >= 3)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)  # the server may be gone for an hour
+        finally:
+            process.kill()
+            process.communicate()
+    assert "KeyboardInterrupt" in said and process.returncode != 0
+
+
 def test_retries_leave_the_random_numbers_of_the_run_alone():
     with answering((503, {}, b""), GOOD) as server:
         before = random.getstate(), np.random.get_state()[1].tolist()
@@ -837,15 +1040,24 @@ def test_a_server_without_trl_flow():
     Image.MAX_IMAGE_PIXELS = before
 
     def reward(prompts, images, columns):
-        if columns["target"][0] == "bad":
+        if "bad" in columns["target"]:
             raise RuntimeError("a bad picture")
         return [NAN if number_of(image) == 3 else len(prompts[0]) + number_of(image) for image in images]
 
     server = module.Server(reward, "example", 0)
     server.RequestHandlerClass.log_message = lambda *args: None
+    server.RequestHandlerClass.timeout = 1.0
     with listening(server):
         client = RemoteReward(f"http://127.0.0.1:{server.server_port}", batch_size=4)
-        scores = client(prompts=["p"] * 8, images=numbered(8), target=["good"] * 4 + ["bad"] * 4)
-        assert client.requires == () and client.prompt_set is None and client.source["reward"] == "example"
-    assert scores[:3] == [1, 2, 3]
-    assert all(math.isnan(value) for value in scores[3:])
+        targets = ["good"] * 5 + ["bad"] * 2 + ["good"]
+        scores = client(prompts=["p"] * 8, images=numbered(8), target=targets)
+        assert client.requires == () and client.prompt_set is None
+        assert client.source == {"reward": "example", "server": client.url}
+        body = {"prompts": ["p"], "images": [ONE], "columns": {"target": ["bad"]}}
+        assert ask(server, body=body)[2]["error"] == "RuntimeError('a bad picture')"
+        assert ask(server, body=body, headers={"Content-Type": "text/plain"})[0] == 415
+        for length in ("-1", "many", ""):
+            assert ask(server, headers={"Content-Length": length})[0] == 411
+        assert ask(server, headers={"Content-Length": str(module.MAX_BODY + 1)})[0] == 413
+    assert scores[:3] == [1, 2, 3] and scores[4] == 5 and scores[7] == 8
+    assert [number for number, value in enumerate(scores) if math.isnan(value)] == [3, 5, 6]

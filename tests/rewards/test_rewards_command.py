@@ -425,7 +425,7 @@ def test_serve_has_all_settings_of_the_server():
     wanted = inspect.signature(RewardServer).parameters
     fields = {field.name: field.default for field in dataclasses.fields(ServeArguments)}
     shared = {field.name for field in dataclasses.fields(NamedReward)}
-    assert fields.keys() - shared == wanted.keys() - {"reward"}
+    assert fields.keys() - shared == wanted.keys() - {"reward", "spec"}
     assert all(fields[name] == wanted[name].default for name in fields.keys() - shared)
 
 

@@ -24,8 +24,8 @@ import os
 import random
 import threading
 import time
+import uuid
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from urllib.parse import urlsplit
 
@@ -33,6 +33,7 @@ import httpx2
 from PIL import Image
 
 from .reward import About, Reward, RewardUnavailableError
+from .threads import DaemonExecutor
 
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ class RemoteReward(Reward):
         url (`str`): The server's address, `"http://host:port"`.
         token (`str`, *optional*): What the server was told to ask for. By default the environment variable
             `TRL_FLOW_REWARD_TOKEN`, which, unlike a setting, ends up in no config file.
-        timeout (`float`, *optional*, defaults to 120): Seconds that one request may take before it is made again.
+        timeout (`float`, *optional*, defaults to 120): Seconds that one request may take before it is made again. What the
+            server has begun to score by then is not begun anew.
         max_wait (`float`, *optional*, defaults to 600): Seconds without any answer after which the server is given up.
         batch_size (`int`, *optional*): Pictures per request. By default as many as the server scores at once. A reward
             with group scope gets its group in one request.
@@ -147,7 +149,13 @@ class RemoteReward(Reward):
 
     @property
     def source(self) -> dict[str, str]:
-        return {**(self.served.get("source") or {}), "reward": self.served["name"], "server": self.url}
+        fingerprint = self.served.get("fingerprint")
+        return {
+            **(self.served.get("source") or {}),
+            "reward": self.served["name"],
+            **({"fingerprint": str(fingerprint)} if fingerprint else {}),
+            "server": self.url,
+        }
 
     def __call__(self, prompts: list[str], images: list[Image.Image], **kwargs) -> list[float | None]:
         """
@@ -163,18 +171,17 @@ class RemoteReward(Reward):
         # Set when one request has failed for good, so that the others do not wait on.
         stop = threading.Event()
         self._error = "it does not say why"
-        with ThreadPoolExecutor(self.max_workers) as executor:
+        executor = DaemonExecutor(self.max_workers)
+        try:
             futures = []
             for start in range(0, n, max(1, size)):
                 part = slice(start, start + size)
                 values = {name: column[part] for name, column in columns.items()}
                 futures.append(executor.submit(self._score, prompts[part], images[part], values, stop))
-            try:
-                scores = [value for future in futures for value in future.result()]
-            except BaseException:
-                stop.set()
-                executor.shutdown(wait=False, cancel_futures=True)
-                raise
+            scores = [value for future in futures for value in future.result()]
+        finally:
+            stop.set()
+            executor.shutdown(wait=False, cancel_futures=True)
         if failed := sum(value is not None and math.isnan(value) for value in scores):
             logger.warning(f"Reward server {self.url} has no score for {failed} of {n} pictures: {self._error}")
         return scores
@@ -217,6 +224,12 @@ class RemoteReward(Reward):
             raise RewardUnavailableError(
                 f"{self.url} serves {answer['name']!r} now, and {self.served['name']!r} before: start that one again."
             )
+        before = self.served.get("fingerprint")
+        if (now := answer.get("fingerprint", before)) != before:
+            raise RewardUnavailableError(
+                f"{self.url} serves {self.served['name']!r} with other settings or of another revision than before "
+                f"(fingerprint {now}, before {before}): start it again as it was."
+            )
         scores, failed = answer.get("scores"), answer.get("failed", [])
         if (
             not isinstance(scores, list)
@@ -237,14 +250,20 @@ class RemoteReward(Reward):
         """The answer to one request, which is made until there is one."""
         began = time.monotonic()
         attempt = 0
+        headers = {"Content-Type": "application/json", "Idempotency-Key": uuid.uuid4().hex} if body else {}
         while True:
             after = 0.0
+            advice = "Start it again, and the run from its last checkpoint; max_wait says how long to wait."
             try:
-                response = self._client.request(
-                    method, self.url + path, content=body, headers={"Content-Type": "application/json"} if body else {}
-                )
+                response = self._client.request(method, self.url + path, content=body, headers=headers)
             except httpx2.RequestError as error:
                 problem = f"{type(error).__name__}: {error}"
+                if body and isinstance(error, httpx2.ReadTimeout):
+                    problem = f"scoring takes longer than timeout={self.timeout:g} s"
+                    advice = (
+                        "If it is alive, raise timeout (and max_wait), or lower batch_size; then start the run from its "
+                        "last checkpoint."
+                    )
             else:
                 if response.status_code == 200:
                     self._answered = time.monotonic()
@@ -260,8 +279,7 @@ class RemoteReward(Reward):
             waited = time.monotonic() - max(began, self._answered)
             if waited >= self.max_wait or stop.is_set():
                 raise RewardUnavailableError(
-                    f"Reward server {self.url} has not answered for {waited:.0f} s ({problem}). Start it again, and the "
-                    "run from its last checkpoint; max_wait says how long to wait."
+                    f"Reward server {self.url} has not answered for {waited:.0f} s ({problem}). {advice}"
                 )
             if waited >= PATIENCE and not self._warned:
                 self._warned = True

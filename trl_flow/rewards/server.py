@@ -15,7 +15,11 @@
 """A server for one reward function: scores of pictures over HTTP, batched across requests."""
 
 import base64
+import contextlib
+import errno
+import hashlib
 import hmac
+import inspect
 import io
 import json
 import logging
@@ -36,16 +40,21 @@ from accelerate import PartialState
 from PIL import Image
 
 from .. import __version__
-from .loading import reward_name
+from .loading import RewardSpec, parse_reward, public_reward, reward_name
 from .remote import TOKEN_VARIABLE, is_loopback, read_token
 from .reward import About, RewardUnavailableError
-from .scoring import score, takes_videos
+from .scoring import RewardThreads, start_scoring, takes_videos
 
 
 logger = logging.getLogger(__name__)
 
 # How long a client is listened to that was refused before it had said all.
 LINGER = 2.0  # seconds
+# How long a client may be silent before a request, or take for its headers.
+HEADERS = 10.0  # seconds
+# Memory that a request takes until its pictures are decoded: the body, its text, its values, their PNGs.
+COPIES = 4  # times its length
+PIXEL = 4  # bytes: Pillow's RGB has one that is not used
 # What a reward function gets by these names is no column.
 _RESERVED = {"prompts", "images", "completions", "videos", "trainer_state", "log_extra", "log_metric"}
 
@@ -60,15 +69,25 @@ class RefusedError(Exception):
 
 
 class _Request:
-    """Pictures that wait for their scores."""
+    """
+    Pictures that wait for their scores.
 
-    def __init__(self, prompts: list[str], images: list[Image.Image], columns: dict[str, list]):
-        self.prompts = prompts
-        self.images = images
-        self.columns = columns
+    Args:
+        key (`str`, *optional*): By which a client that asks for the same again says so.
+    """
+
+    def __init__(self, key: str | None):
+        self.key = key
+        self.size = 0  # bytes that it may take
+        self.prompts: list[str] = []
+        self.images: list[Image.Image] = []
+        self.columns: dict[str, list] = {}
         self.done = threading.Event()
         self.abandoned = False  # nobody waits for it any more
         self.answer: dict | RefusedError | None = None
+
+    def empty(self):
+        self.prompts, self.images, self.columns = [], [], {}
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -76,9 +95,11 @@ class RewardServer(ThreadingHTTPServer):
     Scores pictures over HTTP with one reward function.
 
     - `POST /score` with `{"prompts": [...], "images": [base64 of PNG, ...], "columns": {name: [...]}}` answers
-      `{"name", "scores": [number or null, ...], "failed": [positions], "error": text}`: null where the reward does not
-      apply, or, at the positions in `failed`, where no score could be had.
-    - `GET /` answers what the reward is: `name`, `scope`, `requires`, `prompt_set`, `source`, `about`.
+      `{"name", "fingerprint", "scores": [number or null, ...], "failed": [positions], "error": text}`: null where the
+      reward does not apply, or, at the positions in `failed`, where no score could be had. A client that has hung up
+      and asks again with the same header `Idempotency-Key` gets what was scored meanwhile.
+    - `GET /` answers what the reward is: `name`, `fingerprint`, `scope`, `requires`, `prompt_set`, `source`, `about`.
+      The fingerprint stands for the reward, its settings and its `source`.
     - `GET /health` answers whether it is `ready` (status 200, else 503), and what waits. It needs no token.
 
     Every connection has a thread that reads and decodes. One thread scores: it takes whatever waits, up to `batch_size`
@@ -96,11 +117,22 @@ class RewardServer(ThreadingHTTPServer):
         max_body_mib (`float`, *optional*, defaults to 64): Largest request.
         max_images (`int`, *optional*, defaults to 256): Most pictures in a request.
         max_megapixels (`float`, *optional*, defaults to 64): Most pixels in all pictures of a request together.
-        request_timeout (`float`, *optional*, defaults to 30): Seconds that a client may take to send a request.
+        request_timeout (`float`, *optional*, defaults to 30): Seconds that a client may take to send a request. For its
+            headers, and between requests, it has 10 at most.
         token (`str`, *optional*): What clients must know (`Authorization: Bearer ...`). By default the environment
             variable `TRL_FLOW_REWARD_TOKEN`, or else none.
         device (`str`, *optional*): Where the reward computes. By default an accelerator if there is one.
+        spec (`str`, `dict` or `Callable`, *optional*): What the reward was loaded by. It says its name, and is what clients
+            tell other settings of the same reward by. By default the reward's own name, which says nothing of settings.
+
+    Attributes:
+        max_connections (`int`): Most connections. More get status 503, and are closed.
+        max_memory (`int`): Most bytes of the requests that are read or wait. More get status 503; one alone is taken
+            whatever its size.
     """
+
+    max_connections = 512
+    max_memory = 2 * 2**30
 
     request_queue_size = (
         1024  # connections that the system keeps until a thread takes them; 5 is the library's default
@@ -120,6 +152,7 @@ class RewardServer(ThreadingHTTPServer):
         request_timeout: float = 30.0,
         token: str | None = None,
         device: str | None = None,
+        spec: RewardSpec | None = None,
     ):
         limits = {
             "batch_size": batch_size,
@@ -140,10 +173,14 @@ class RewardServer(ThreadingHTTPServer):
                 f"host={host!r} can be reached from other machines: give a token, best in the environment variable "
                 f"{TOKEN_VARIABLE}, or take host='127.0.0.1' and an SSH tunnel."
             )
-        self.name = reward_name(reward)
+        self.spec = reward if spec is None else spec
+        self.name = reward_name(self.spec)
+        self.fingerprint: str | None = None  # known when the reward is loaded
         if takes_videos(reward):
             raise ValueError(f"Reward {self.name!r} takes whole videos, and only pictures can be sent to a server.")
         self.reward = reward
+        self._reward = _without_exit(reward)
+        self._reward_threads = RewardThreads()
         self.scope = getattr(reward, "scope", "sample")
         self.requires = tuple(getattr(reward, "requires", ()))
         self.batch_size = batch_size
@@ -159,7 +196,9 @@ class RewardServer(ThreadingHTTPServer):
         self.stopping = False
         self._changed = threading.Condition()
         self._waiting: deque[_Request] = deque()
+        self._begun: dict[str, _Request] = {}  # by key: what is being scored, or was for clients that have hung up
         self._admitted = 0
+        self._held = 0  # bytes
         # Open connections, and when each must have sent its request.
         self._deadlines: dict[socket.socket, float] = {}
         self._running: list[threading.Thread] = []
@@ -218,9 +257,12 @@ class RewardServer(ThreadingHTTPServer):
     # ---- Requests, each in the thread of its connection ----
 
     def about(self) -> dict:
+        if not self.ready:  # what is loaded says more of where it came from
+            raise RefusedError(503, "the reward is being loaded", **{"Retry-After": "2"})
         about = getattr(self.reward, "about", None)
         return {
             "name": self.name,
+            "fingerprint": self.fingerprint,
             "version": __version__,
             "scope": self.scope,
             "requires": list(self.requires),
@@ -237,23 +279,35 @@ class RewardServer(ThreadingHTTPServer):
         health = {"name": self.name, "version": __version__, "scope": self.scope, "ready": ready}
         return {**health, "requests": requests, "waiting_pictures": pictures}
 
-    def admit(self):
-        """Counts a request in, before its body is read."""
+    def admit(self, request: _Request, length: int):
+        """Counts a request in, before its body of `length` bytes is read."""
         with self._changed:
             if self.stopping or not self.ready:
                 reason = "the server is stopping" if self.stopping else "the reward is being loaded"
                 raise RefusedError(503, reason, **{"Retry-After": "2"})
             if self._admitted >= self.max_queue:
                 raise RefusedError(503, f"{self._admitted} requests are waiting already", **{"Retry-After": "1"})
+            self._reserve(request, COPIES * length)
             self._admitted += 1
 
-    def dismiss(self):
+    def dismiss(self, request: _Request):
         with self._changed:
+            self._held -= request.size
             self._admitted -= 1
 
-    def read_request(self, body: bytes) -> _Request:
+    def _reserve(self, request: _Request, size: int):
+        """Notes how much memory a request takes from now on."""
+        with self._changed:
+            others = self._held - request.size
+            if others and size > request.size and others + size > self.max_memory:
+                reason = f"requests that wait already take {others / 2**20:.0f} MiB"
+                raise RefusedError(503, reason, **{"Retry-After": "1"})
+            self._held = others + size
+            request.size = size
+
+    def read_request(self, request: _Request, body: bytes):
         """
-        The request that a body holds.
+        Fills a request with what its body holds.
 
         Raises:
             RefusedError: If it holds none, or too much.
@@ -285,10 +339,14 @@ class RewardServer(ThreadingHTTPServer):
             raise RefusedError(400, f"columns: {', '.join(reserved)} cannot be the name of a column")
         if missing := sorted(set(self.requires) - columns.keys()):
             raise RefusedError(400, f"reward {self.name!r} needs the column {', '.join(missing)}")
-        return _Request(prompts, self._decode(images), columns)
+        request.images = self._decode(request, images)
+        request.prompts, request.columns = prompts, columns
+        # What is left of the body is mostly its columns.
+        left = COPIES * (len(body) - sum(map(len, images)))
+        self._reserve(request, left + PIXEL * sum(image.width * image.height for image in request.images))
 
-    def _decode(self, images: list[str]) -> list[Image.Image]:
-        opened, pixels = [], 0
+    def _decode(self, request: _Request, images: list[str]) -> list[Image.Image]:
+        decoded, pixels = [], 0
         for number, text in enumerate(images):
             try:
                 image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
@@ -300,21 +358,46 @@ class RewardServer(ThreadingHTTPServer):
             # By what the header says, before anything is unpacked: a PNG can hold a thousand times its size.
             if pixels > self.max_pixels:
                 raise RefusedError(413, f"more than {self.max_pixels / 1e6:g} megapixels in one request")
-            opened.append(image)
-        decoded = []
-        for number, image in enumerate(opened):
+            decoded.append(image)
+        self._reserve(request, request.size + PIXEL * pixels)
+        for number, image in enumerate(decoded):
             try:
-                decoded.append(image.convert("RGB"))
+                decoded[number] = image.convert("RGB")
             except Exception as error:
                 raise RefusedError(400, f"images[{number}] is a damaged PNG ({type(error).__name__})") from None
         return decoded
 
-    def enqueue(self, request: _Request):
+    def enqueue(self, request: _Request) -> _Request:
+        """
+        Lets a request wait. What its client asked for before, when it lost patience, is not begun anew: what is returned is
+        what to wait for.
+        """
         with self._changed:
             if self.stopping:
                 raise RefusedError(503, "the server is stopping", **{"Retry-After": "2"})
+            if request.key in self._begun:
+                return self._begun[request.key]
+            for place, before in enumerate(self._waiting):
+                if request.key and before.key == request.key:
+                    self._waiting[place] = request  # its turn is not lost
+                    _answer_all([before], RefusedError(409, "the same was asked for again"))
+                    return request
             self._waiting.append(request)
             self._changed.notify_all()
+            return request
+
+    def abandon(self, request: _Request):
+        """Nobody waits for it any more."""
+        with self._changed:
+            if request in self._waiting:
+                request.abandoned = True
+                request.empty()
+
+    def delivered(self, request: _Request):
+        """Forgets a request whose client is there to hear of it."""
+        with self._changed:
+            if self._begun.get(request.key) is request:
+                del self._begun[request.key]
 
     # ---- Scores, all in one thread ----
 
@@ -323,6 +406,7 @@ class RewardServer(ThreadingHTTPServer):
             PartialState()  # what the libraries' loggers ask for
             if hasattr(self.reward, "prepare"):
                 self.reward.prepare(torch.device(self.device or _default_device()))
+            self.fingerprint = self._fingerprint()
         except BaseException as error:
             self.error = error
         else:
@@ -331,9 +415,10 @@ class RewardServer(ThreadingHTTPServer):
             self._changed.notify_all()
         while self.ready and (requests := self._take()):
             began = time.monotonic()
-            requests = [request for request in requests if not request.abandoned]
+            requests = self._begin(requests)
             if not requests:
                 continue
+            pictures = sum(len(request.images) for request in requests)
             try:
                 self._score(requests)
             except RewardUnavailableError as error:
@@ -343,16 +428,32 @@ class RewardServer(ThreadingHTTPServer):
                 # The reward returned something else than scores. Asking again would not help.
                 _answer_all(requests, RefusedError(422, str(error)))
                 logger.warning(str(error))
-            except BaseException:  # a reward that calls exit() must not leave a server that never answers
+            except BaseException:  # whatever it is, it must not leave a server that never answers
                 _answer_all(requests, RefusedError(500, "an error of the server, which its log tells more of"))
                 logger.exception(f"Reward {self.name!r}")
             else:
-                pictures = sum(len(request.images) for request in requests)
                 failed = sum(len(request.answer["failed"]) for request in requests)
                 logger.info(
                     f"{self.name}: {pictures} pictures of {len(requests)} requests in {time.monotonic() - began:.3f} s"
                     + (f", {failed} without a score" if failed else "")
                 )
+            for request in requests:  # its answer may yet be asked for
+                request.empty()
+
+    def _fingerprint(self) -> str:
+        """A few letters that stand for the reward: where it came from, and its settings, but for keys and tokens."""
+        name, settings = parse_reward(public_reward(self.spec))
+        content = [name if isinstance(name, str) else self.name, settings, getattr(self.reward, "source", {})]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+    def _begin(self, requests: list[_Request]) -> list[_Request]:
+        """Those of them that somebody waits for."""
+        with self._changed:
+            requests = [request for request in requests if not request.abandoned]
+            self._begun.update({request.key: request for request in requests if request.key})
+            while len(self._begun) > self.max_queue + len(requests):
+                del self._begun[next(iter(self._begun))]
+        return requests
 
     def _take(self) -> list[_Request]:
         """What is scored together: the first that waits, and whatever fits with it. Nothing when all is done."""
@@ -384,14 +485,16 @@ class RewardServer(ThreadingHTTPServer):
         size = len(images) if self.scope == "group" else self.batch_size
         for start in range(0, len(images), max(1, size)):
             part = slice(start, start + size)
-            scores = score(
-                [self.reward],
+            self._reward_threads.unavailable.clear()
+            scores = start_scoring(
+                self._reward_threads,
+                [self._reward],
                 [self.name],
                 prompts[part],
                 images[part],
                 {name: column[part] for name, column in columns.items()},
                 groups=[0] * len(prompts[part]),
-            )
+            )()
             raised = scores.errors[self.name]
             if gone := [error for error in raised if isinstance(error, RewardUnavailableError)]:
                 raise gone[0]
@@ -403,6 +506,7 @@ class RewardServer(ThreadingHTTPServer):
             part = slice(start, start := start + len(request.images))
             request.answer = {
                 "name": self.name,
+                "fingerprint": self.fingerprint,
                 "scores": [None if math.isnan(value) else value for value in values[part]],
                 "failed": [number for number, missing in enumerate(failed[part]) if missing],
             }
@@ -411,6 +515,28 @@ class RewardServer(ThreadingHTTPServer):
             request.done.set()
 
     # ---- Connections ----
+
+    def get_request(self):
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.1)  # the connection goes on waiting, and would be tried again at once
+            raise
+
+    def process_request(self, request, client_address):
+        with self._changed:
+            full = len(self._deadlines) >= self.max_connections
+        if full:
+            request.sendall(b"HTTP/1.1 503 Too many connections\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
+            self.shutdown_request(request)
+            return
+        self.expect(request, min(HEADERS, self.request_timeout))
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request):
+        super().shutdown_request(request)
+        self.forget(request)
 
     def expect(self, connection: socket.socket, within: float):
         """Notes by when the client must have sent its next request."""
@@ -447,17 +573,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.timeout = self.server.request_timeout
         super().setup()
 
-    def finish(self):
-        try:
-            super().finish()
-        finally:
-            self.server.forget(self.connection)
-
     def handle_one_request(self):
-        self.server.expect(self.connection, self.server.request_timeout)
+        self.server.expect(self.connection, min(HEADERS, self.server.request_timeout))
         super().handle_one_request()
 
     def answer(self):
+        self.server.expect(self.connection, self.server.request_timeout)
         self.unread = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
         headers = {}
         try:
@@ -504,7 +625,8 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(length)
         if length > self.server.max_body:
             raise RefusedError(413, f"{length} bytes: this server takes {self.server.max_body} at once")
-        self.server.admit()
+        request = _Request(self.headers.get("Idempotency-Key"))
+        self.server.admit(request, length)
         try:
             try:
                 body = self.rfile.read(length)
@@ -514,18 +636,21 @@ class _Handler(BaseHTTPRequestHandler):
                 raise RefusedError(408, f"{len(body)} of {length} bytes came")
             self.unread = False
             self.server.expect(self.connection, math.inf)
-            request = self.server.read_request(body)
+            self.server.read_request(request, body)
             del body
-            self.server.enqueue(request)
-            while not request.done.wait(1.0):
+            begun = self.server.enqueue(request)
+            done = False
+            while not done:
+                done = begun.done.wait(1.0)
                 if self._is_gone():
-                    request.abandoned = True
+                    self.server.abandon(request)
                     raise ConnectionAbortedError
         finally:
-            self.server.dismiss()
-        if isinstance(request.answer, RefusedError):
-            raise request.answer
-        return request.answer
+            self.server.dismiss(request)
+        self.server.delivered(begun)
+        if isinstance(begun.answer, RefusedError):
+            raise begun.answer
+        return begun.answer
 
     def _is_gone(self) -> bool:
         """Whether the client has hung up. Work for those who have, and ask again, would pile up."""
@@ -536,6 +661,8 @@ class _Handler(BaseHTTPRequestHandler):
             return not self.connection.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
+        except ConnectionError:
+            return True
         finally:
             self.connection.settimeout(self.timeout)
 
@@ -601,6 +728,30 @@ def serve(reward: Callable, host: str = "127.0.0.1", port: int = 8000, **setting
     finally:
         server.stop()
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _exit_is_an_error():
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"the reward called exit({error.code})") from error
+
+
+def _without_exit(reward: Callable) -> Callable:
+    """A reward whose `exit()` costs the samples for which it is called, and not its server."""
+
+    def call(**arguments):
+        with _exit_is_an_error():
+            result = reward(**arguments)
+        return wait_for(result) if inspect.isawaitable(result) else result
+
+    async def wait_for(result):
+        with _exit_is_an_error():
+            return await result
+
+    call.scope = getattr(reward, "scope", "sample")
+    return call
 
 
 def _answer_all(requests: list[_Request], refused: RefusedError):
