@@ -377,11 +377,13 @@ def push(args: PushArguments) -> int:
 
 def serve(args: ServeArguments) -> int:
     """Serve a reward until it is interrupted."""
+    from ..rewards import parse_reward
     from ..rewards.server import serve as serve_reward
 
     named = {field.name for field in dataclasses.fields(NamedReward)}
     settings = {key: value for key, value in vars(args).items() if key not in named}
-    serve_reward(args.load(), **settings)
+    name, given = parse_reward(args.name)
+    serve_reward(args.load(), spec={name: {**given, **args.settings}}, **settings)
     return 0
 
 
