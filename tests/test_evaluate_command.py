@@ -14,6 +14,7 @@
 
 """`trl-flow evaluate`: the stock pipeline's pictures, their scores, and a restart that makes nothing twice."""
 
+import importlib
 import json
 import os
 import shutil
@@ -23,21 +24,25 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate import PartialState
+from datasets import Dataset, Features, Value
 from diffusers import AuraFlowPipeline
 from PIL import Image
 from tiny import call_arguments, tiny_pipeline
 
 import trl_flow.evaluation
 from trl_flow import FlowPolicy, cli
-from trl_flow.evaluation import load_picture, save_picture, takes_batches
+from trl_flow.evaluation import check_settings, load_picture, save_picture, takes_batches
 from trl_flow.hub import save_policy
 from trl_flow.hub.weights import load_trained
-from trl_flow.scripts.evaluate import EvaluateArguments, name_adapters, split_list
+from trl_flow.rewards import load_reward
+from trl_flow.rewards.server import RewardServer
+from trl_flow.scripts.evaluate import EvaluateArguments, model_version, name_adapters, reward_version, split_list
 
 
 PROMPTS = ["a red circle", "two blue square", "three green circle", "a blue circle", "two red square"]
@@ -379,6 +384,71 @@ class TestRestart:
         (tmp_path / "mine" / "letter.txt").touch()
         assert "something else than an evaluation" in evaluate(tmp_path / "mine")[2]
 
+    def test_after_a_kill_before_anything_was_whole(self, evaluate, tmp_path):
+        folder = tmp_path / "out"
+        (folder / "pictures").mkdir(parents=True)
+        mine, young = folder / ".evaluation.json.123.partial", folder / ".evaluation.json.124.partial"
+        for path in (mine, young):
+            path.write_text("{")
+        os.utime(mine, (time.time() - 3600,) * 2)
+        assert "something else than an evaluation" in evaluate(folder, num_prompts=1)[2]
+        (folder / "pictures").rmdir()
+        foreign = tmp_path / "foreign" / ".letter.partial"
+        foreign.parent.mkdir()
+        foreign.touch()
+        assert "something else than an evaluation" in evaluate(foreign.parent, num_prompts=1)[2] and foreign.exists()
+        code, _, printed = evaluate(folder, num_prompts=1)
+        assert code == 0, printed
+        assert not mine.exists() and young.exists()
+
+    def test_another_base_model_of_the_same_name(self, evaluate, tmp_path, model):
+        base, folder = shutil.copytree(model, tmp_path / "base"), tmp_path / "out"
+        settings = {"model": base, "adapter": None, "steps": 1, "num_prompts": 2, **SAMPLING}
+        assert evaluate(folder, **settings)[0] == 0
+        pipeline = AuraFlowPipeline.from_pretrained(base)
+        next(pipeline.transformer.parameters()).data[0] += 1e-3
+        pipeline.save_pretrained(base)
+        code, _, printed = evaluate(folder, **settings)
+        assert code == 1 and "model_version: " in printed
+        shutil.copytree(model, base, dirs_exist_ok=True)
+        (base / ".cache" / "huggingface").mkdir(parents=True)
+        (base / ".cache" / "download.lock").touch()
+        code, _, printed = evaluate(folder, **settings)
+        assert code == 0, printed
+        # It may be gone once its pictures are made.
+        shutil.rmtree(base)
+        assert evaluate(folder, **settings)[0] == 0
+
+    def test_commit_of_a_base_model_on_the_hub(self, tmp_path, monkeypatch):
+        """As huggingface_hub keeps what it downloaded: found without a network."""
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        repository = tmp_path / "models--someone--base"
+        (repository / "refs").mkdir(parents=True)
+        for commit in ("0123456789" * 4, "abcdef0123" * 4):
+            (repository / "snapshots" / commit).mkdir(parents=True)
+            (repository / "snapshots" / commit / "model_index.json").write_text("{}")
+            (repository / "refs" / "main").write_text(commit)
+            assert model_version("someone/base", None) == commit
+        assert model_version("someone/base", "0123456789" * 4) == "0123456789" * 4
+        assert model_version("someone/other", None) is None
+
+    @pytest.mark.parametrize("in_files", [True, False])
+    def test_other_pictures_to_start_from(self, tmp_path, in_files):
+        def dataset(color):
+            picture = Image.new("RGB", (8, 8), color)
+            if in_files:
+                picture.save(tmp_path / "picture.png")
+                picture = str(tmp_path / "picture.png")
+            features = Features({"prompt": Value("string"), "image": datasets.Image()})
+            return Dataset.from_dict({"prompt": ["edit it"] * 2, "image": [picture, None]}, features=features)
+
+        folder = tmp_path / "out"
+        check_settings(folder, {}, {}, dataset("red"))
+        check_settings(folder, {}, {}, dataset("red"))
+        with pytest.raises(ValueError, match="prompt number 0"):
+            check_settings(folder, {}, {}, dataset("blue"))
+
     def test_adapters_whose_runs_were_sampled_differently(self, evaluate, tmp_path, model, adapter):
         other = save_adapter(model, tmp_path / "other")
         config = yaml.safe_load((other / "config.yaml").read_text())
@@ -387,3 +457,78 @@ class TestRestart:
         assert code == 1 and "guidance_scale=4.5 in the run of other, 2.0" in printed
         code, results, _ = evaluate(tmp_path / "out", adapter=f"{adapter},{other}", num_prompts=2, guidance_scale=1.0)
         assert code == 0 and {cell["model"] for cell in results["results"]} == {"base", "first", "other"}
+
+
+class TestVersionsOfRewards:
+    """Scores of a reward that has changed are not mixed with those that it gave before."""
+
+    @pytest.fixture
+    def write(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+
+        def write(text):
+            sys.modules.pop("changing_rewards", None)
+            (tmp_path / "changing_rewards.py").write_text(text)
+            importlib.invalidate_caches()
+
+        yield write
+        sys.modules.pop("changing_rewards", None)
+
+    def test_code(self, evaluate, tmp_path, write):
+        settings = {"rewards": "changing_rewards.level", "num_prompts": 3, "steps": 1}
+        source = "def level(prompts, **kwargs): return [{}] * len(prompts)\n"
+        for value, again in ((0.5, False), (0.125, True), (0.125, False), (0.5, False)):
+            write(source.format(value))
+            code, results, printed = evaluate(tmp_path / "out", **settings)
+            assert code == 0 and ("reward level has other settings, code or weights" in printed) == again
+            assert find(results, model="first", tag=None)["mean"] == value
+        # More pictures, of the first version and no other.
+        _, results, _ = evaluate(tmp_path / "out", **settings | {"num_prompts": 5})
+        cell = find(results, model="first", tag=None)
+        assert (cell["mean"], cell["interval"], cell["scored"]) == (0.5, [0.5, 0.5], 5)
+
+    @pytest.mark.parametrize("in_folder", [True, False])
+    def test_weights(self, evaluate, tmp_path, write, in_folder):
+        write(
+            "from pathlib import Path\n"
+            "class Level:\n"
+            "    def __init__(self, weights):\n"
+            "        path = Path(weights)\n"
+            "        self.value = float((path / 'value.txt' if path.is_dir() else path).read_text())\n"
+            "    def __call__(self, prompts, **kwargs): return [self.value] * len(prompts)\n"
+        )
+        weights = tmp_path / "weights" / "value.txt"
+        weights.parent.mkdir()
+        spec = json.dumps({"changing_rewards.Level": {"weights": str(weights.parent if in_folder else weights)}})
+        for value, again in ((0.5, False), (0.2, True), (0.2, False)):
+            weights.write_text(str(value))
+            os.utime(weights, (0, 0))  # of the same size and age
+            _, results, printed = evaluate(tmp_path / "out", rewards=spec, num_prompts=2, steps=1)
+            assert find(results, model="first", tag=None)["mean"] == value
+            assert ("its scores are made again" in printed) == again
+
+    def test_texts_that_are_no_paths(self):
+        version = reward_version(print, json.dumps({"ocr": {"template": "x" * 5000, "other": "", "third": "a\0b"}}))
+        assert len(version) == 12
+
+    def test_tokens_are_written_nowhere_and_may_change(self, evaluate, tmp_path):
+        folder, port, files = tmp_path / "out", 0, []
+        for token in ("secret-of-today", "secret-of-tomorrow"):
+            server = RewardServer(load_reward("pipelines.brightness"), port=port, token=token)
+            server.start()
+            server.wait_until_ready()
+            port = server.server_address[1]
+            try:
+                spec = json.dumps({"remote": {"url": server.url, "token": token}})
+                code, results, printed = evaluate(folder, rewards=spec, num_prompts=2, steps=1)
+            finally:
+                server.stop()
+            assert code == 0 and "made again" not in printed and "secret" not in printed
+            # By the name of the reward behind the address.
+            assert find(results, model="first", tag=None)["reward"] == "brightness"
+            assert results["settings"]["rewards"] == {"brightness": json.dumps({"remote": {"url": server.url}})}
+            contents = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+            assert len(contents) > 8 and not any(b"secret" in content for content in contents.values())
+            files.append({path: content for path, content in contents.items() if "scores" in path.parts})
+        assert files[0] == files[1] and len(files[0]) == 2

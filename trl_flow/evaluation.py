@@ -14,11 +14,15 @@
 
 """Pictures of several models from the same noise, and their scores, kept on disk so that nothing is made twice."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +45,7 @@ logger = get_logger(__name__)
 
 SETTINGS_FILE = "evaluation.json"
 FRAME_DURATION = 125  # milliseconds
+_PARTIAL = re.compile(r"\..+\.\d+\.partial")
 
 
 @dataclass
@@ -59,8 +64,8 @@ class Evaluation:
         seed (`int`, *optional*, defaults to 0): Of the noise.
         batch_size (`int`, *optional*, defaults to 4): Pictures that are made at once.
         reward_batch_size (`int`, *optional*, defaults to 32): Pictures that are scored at once.
-        versions (`dict[str, str]`, *optional*): Of the rewards: the same name may stand for other settings or another
-            commit in the next evaluation, whose scores are others.
+        versions (`dict[str, str]`, *optional*): Of the rewards, as [`digest`] makes them: the same name may stand for other
+            settings, code or weights in the next evaluation, whose scores are others.
     """
 
     folder: Path
@@ -134,6 +139,11 @@ class Evaluation:
         """File of a reward's scores."""
         name = ".".join([reward, self.versions[reward]] if reward in self.versions else [reward])
         return self.folder / "scores" / model / f"{steps}_steps" / f"{name}.json"
+
+    def is_outdated(self, model: str, steps: int, reward: str) -> bool:
+        """Whether there are scores of a reward in other versions alone."""
+        path, other = self.score_file(model, steps, reward), re.compile(re.escape(reward) + r"\.[0-9a-f]{12}\.json")
+        return not path.is_file() and any(other.fullmatch(found.name) for found in path.parent.glob("*.json"))
 
     def read_scores(self, model: str, steps: int, reward: str) -> dict:
         """
@@ -221,7 +231,7 @@ def check_settings(folder: Path, settings: dict, adapters: dict[str, str], datas
 
     Args:
         folder (`Path`): Directory of the evaluation.
-        settings (`dict`): By name; they must be the same.
+        settings (`dict`): By name; they must be the same where both have them.
         adapters (`dict[str, str]`): Version of each by its name in the directory. There may be others than before.
         dataset ([`~datasets.Dataset`]): Prompts. There may be more or fewer than before.
 
@@ -230,8 +240,7 @@ def check_settings(folder: Path, settings: dict, adapters: dict[str, str], datas
     """
     path = folder / SETTINGS_FILE
     settings = json.loads(json.dumps(settings, default=str))
-    hidden = [name for name, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
-    prompts = [digest(row) for row in dataset.remove_columns(hidden)]
+    prompts = list(_digests(dataset))
     if path.is_file():
         known = json.loads(path.read_text())
         old = {**known["settings"], **{f"adapter {name}": version for name, version in known["adapters"].items()}}
@@ -248,11 +257,31 @@ def check_settings(folder: Path, settings: dict, adapters: dict[str, str], datas
                 f"output_dir={folder} holds an evaluation with other settings ({'; '.join(changed)}). Its pictures cannot "
                 "be compared with new ones: choose another directory, or delete this one."
             )
+        settings = {**known["settings"], **settings}
         adapters = {**known["adapters"], **adapters}
         prompts = max(known["prompts"], prompts, key=len)
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and not all(_PARTIAL.fullmatch(found.name) for found in folder.iterdir()):
         raise ValueError(f"output_dir={folder} holds something else than an evaluation. Choose another directory.")
     write_json(path, {"settings": settings, "adapters": adapters, "prompts": prompts})
+    for partial in folder.rglob(".*.partial"):
+        # What a killed process left; a young one may be another process's, at work in the same directory.
+        with contextlib.suppress(FileNotFoundError):
+            if _PARTIAL.fullmatch(partial.name) and time.time() - partial.stat().st_mtime > 60:
+                partial.unlink()
+
+
+def _digests(dataset: Dataset) -> Iterator[str]:
+    """What is in each row, its pictures as their files are."""
+    pictures = [name for name, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
+    for name in pictures:
+        dataset = dataset.cast_column(name, ImageFeature(decode=False))
+    for row in dataset:
+        files = [row.pop(name) for name in pictures]
+        contents = [
+            file and (Path(file["path"]).read_bytes() if file["bytes"] is None else file["bytes"]) for file in files
+        ]
+        hashes = [content and hashlib.sha256(content).hexdigest() for content in contents]
+        yield digest([row, hashes] if pictures else row)
 
 
 def takes_batches(pipeline: "DiffusionPipeline", prompts: list[str], sampling: dict) -> bool:
@@ -326,12 +355,19 @@ def digest(content) -> str:
 
 
 def digest_of_files(paths: list[Path]) -> str:
-    """A few letters that stand for what is in some files."""
-    parts = []
-    for path in sorted(paths):
+    """
+    A few letters that stand for what is in some files.
+
+    All of it is read, a GiB or more in a second: times and sizes would call a copy another model, or a model that was
+    trained further the same.
+    """
+
+    def content(path: Path) -> list[str]:
         with path.open("rb") as file:
-            parts.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
-    return digest(parts)
+            return [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
+
+    with ThreadPoolExecutor(4) as executor:
+        return digest(list(executor.map(content, sorted(paths))))
 
 
 def _batches(count: int, size: int) -> list[range]:

@@ -15,7 +15,10 @@
 """`trl-flow evaluate`: scores of a model and its adapters on the same prompts, from the same noise."""
 
 import argparse
+import contextlib
+import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -293,6 +296,48 @@ def adapter_version(adapter: str, revision: str | None) -> str:
     return digest_of_files(list(files))
 
 
+def model_version(model: str, revision: str | None) -> str | None:
+    """
+    What tells a base model from a later one of the same name: its commit on the Hub, or a digest of its files. `None` if
+    it is not to be had, as a repository that is not in the cache: its pictures may all be there.
+    """
+    from huggingface_hub import snapshot_download
+
+    from ..evaluation import digest_of_files
+    from ..shapes import PIPELINE_PATH
+
+    folder = Path(PIPELINE_PATH if model == "shapes" else model)
+    if not folder.is_dir():
+        try:
+            return Path(snapshot_download(model, revision=revision, allow_patterns=["model_index.json"])).name
+        except (OSError, ValueError):
+            return None
+    # What a pipeline is loaded from. Some repositories have all of it a second time, in one file beside these.
+    files = [folder / "model_index.json", *folder.glob("*.py"), *folder.glob("[!.]*/*")]
+    return digest_of_files([path for path in files if path.is_file()])
+
+
+def reward_version(reward: Callable, spec: str) -> str:
+    """What tells a reward from another one of the same name: its settings, its source, and what is in its files."""
+    from ..evaluation import digest, digest_of_files
+    from ..rewards import parse_reward
+
+    name, settings = parse_reward(spec)
+    parts = [spec, getattr(reward, "source", None)]
+    module = sys.modules.get(name.rpartition(".")[0])
+    if module is not None:  # a dotted path
+        paths = {getattr(module, "__file__", None)}
+        with contextlib.suppress(TypeError):
+            paths.add(inspect.getsourcefile(reward if inspect.isroutine(reward) else type(reward)))
+        parts.append(digest_of_files([Path(path) for path in paths if path is not None]))
+    for value in settings.values():
+        if isinstance(value, str) and os.path.exists(value):  # weights
+            path = Path(value)
+            files = [found for found in path.rglob("[!.]*") if found.is_file()] if path.is_dir() else [path]
+            parts.append(digest_of_files(files))
+    return digest(parts)
+
+
 def common_config(args: EvaluateArguments, adapters: dict[str, tuple[str, str | None]]) -> dict:
     """
     What the adapters' runs say about the model and its sampling, for what the command line does not say.
@@ -327,12 +372,16 @@ def load_rewards(args: EvaluateArguments, dataset: "Dataset") -> dict[str, Calla
         ValueError: If one cannot be scored: it compares pictures with each other, or lacks a column.
     """
     from ..rewards import load_reward, reward_name
+    from ..rewards.remote import RemoteReward
 
-    names = file_names([reward_name(reward) for reward in args.rewards])
     consent = args.trust_remote_code or None  # `None` asks, if there is someone to ask
-    rewards = {
-        name: load_reward(reward, trust_remote_code=consent) for name, reward in zip(names, args.rewards, strict=True)
-    }
+    loaded = [load_reward(reward, trust_remote_code=consent) for reward in args.rewards]
+    # An address says nothing; the server behind it has a name.
+    names = [
+        reward.name if isinstance(reward, RemoteReward) else reward_name(spec)
+        for reward, spec in zip(loaded, args.rewards, strict=True)
+    ]
+    rewards = dict(zip(file_names(names), loaded, strict=True))
     for name, reward in rewards.items():
         if getattr(reward, "scope", "sample") == "group":
             raise ValueError(
@@ -420,9 +469,10 @@ def run(args: EvaluateArguments) -> int:
     from accelerate import PartialState
     from rich.console import Console
 
-    from ..evaluation import Evaluation, check_settings, digest, write_json
+    from ..evaluation import Evaluation, check_settings, write_json
     from ..prompts import load_prompts, parse_columns
     from ..report.comparison import Comparison, comparison_tables, to_markdown, write_comparison
+    from ..rewards import public_reward
 
     device = args.device or default_device()
     PartialState(cpu=device == "cpu")  # the libraries' loggers ask it which process this is
@@ -446,6 +496,8 @@ def run(args: EvaluateArguments) -> int:
         raise ValueError("name the numbers of --steps: 10,20,40")
     args.steps = args.steps or [config["steps"]]
     models = ([] if args.no_base else [BASE]) + list(adapters)
+    # Without keys and tokens: they are written down, and scores outlive a token.
+    specs = dict(zip(rewards, map(public_reward, args.rewards), strict=True))
 
     evaluation = Evaluation(
         folder=Path(args.output_dir),
@@ -455,10 +507,7 @@ def run(args: EvaluateArguments) -> int:
         # Pictures to start from may differ in size, which no pipeline takes at once.
         batch_size=1 if "image" in dataset.column_names else args.batch_size,
         reward_batch_size=args.reward_batch_size,
-        versions={
-            name: digest([spec, getattr(reward, "source", None)])
-            for (name, reward), spec in zip(rewards.items(), args.rewards, strict=True)
-        },
+        versions={name: reward_version(reward, specs[name]) for name, reward in rewards.items()},
     )
     sampling = {name: value for name in SAMPLING if (value := _given(args, config, name)) is not None}
     settings = {
@@ -469,8 +518,16 @@ def run(args: EvaluateArguments) -> int:
         "seed": args.seed,
         "images_per_prompt": args.images_per_prompt,
     }
+    if (version := model_version(args.model, settings["model_revision"])) is not None:
+        settings["model_version"] = version
     versions = {name: adapter_version(*place) for name, place in adapters.items()}
     check_settings(evaluation.folder, settings, versions, dataset)
+    for name in rewards:
+        if any(evaluation.is_outdated(model, steps, name) for model in models for steps in args.steps):
+            print(
+                f"reward {name} has other settings, code or weights than when it was scored in {evaluation.folder}: its "
+                "scores are made again."
+            )
 
     for name, reward in rewards.items():
         if any(evaluation.unscored(model, steps, name) for model in models for steps in args.steps):
@@ -497,7 +554,7 @@ def run(args: EvaluateArguments) -> int:
         "adapters": {name: f"{args.adapter[i]} ({versions[name]})" for i, name in enumerate(adapters)},
         "prompts": args.prompts,
         "split": split,
-        "rewards": dict(zip(rewards, args.rewards, strict=True)),
+        "rewards": specs,
     }
     write_json(evaluation.folder / "results.json", {"settings": shown, "results": comparison.cells()})
     (evaluation.folder / "results.md").write_text(to_markdown(comparison), encoding="utf-8")
