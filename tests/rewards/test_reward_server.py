@@ -284,6 +284,14 @@ def test_other_settings_or_another_revision_are_another_reward():
             assert RemoteReward(server.url).source["fingerprint"] == server.fingerprint != before
 
 
+def test_a_reward_that_was_not_loaded_by_name_is_told_apart_by_the_settings_that_it_keeps():
+    def fingerprint(**settings):
+        with serving(Brightness(**settings)) as server:
+            return server.fingerprint
+
+    assert fingerprint() == fingerprint() != fingerprint(scale=2.0)
+
+
 def test_what_it_was_asked_for_by_is_its_name():
     with serving(shapes_reward, spec="shapes") as server:
         assert RemoteReward(server.url).name == "shapes"

@@ -40,9 +40,9 @@ from accelerate import PartialState
 from PIL import Image
 
 from .. import __version__
-from .loading import RewardSpec, parse_reward, public_reward, reward_name
+from .loading import SECRETS, RewardSpec, parse_reward, public_reward, reward_name
 from .remote import TOKEN_VARIABLE, is_loopback, read_token
-from .reward import About, RewardUnavailableError
+from .reward import About, Reward, RewardUnavailableError
 from .scoring import RewardThreads, start_scoring, takes_videos
 
 
@@ -123,7 +123,7 @@ class RewardServer(ThreadingHTTPServer):
             variable `TRL_FLOW_REWARD_TOKEN`, or else none.
         device (`str`, *optional*): Where the reward computes. By default an accelerator if there is one.
         spec (`str`, `dict` or `Callable`, *optional*): What the reward was loaded by. It says its name, and is what clients
-            tell other settings of the same reward by. By default the reward's own name, which says nothing of settings.
+            tell other settings of the same reward by. By default the reward's own name, and the numbers and texts that it keeps as attributes.
 
     Attributes:
         max_connections (`int`): Most connections. More get status 503, and are closed.
@@ -443,6 +443,11 @@ class RewardServer(ThreadingHTTPServer):
     def _fingerprint(self) -> str:
         """A few letters that stand for the reward: where it came from, and its settings, but for keys and tokens."""
         name, settings = parse_reward(public_reward(self.spec))
+        if isinstance(
+            name, Reward
+        ):  # what it keeps of its settings; other kinds of values may look different each time
+            kept = {key: value for key, value in vars(name).items() if not key.startswith("_") and key not in SECRETS}
+            settings = {key: value for key, value in kept.items() if isinstance(value, str | int | float)}
         content = [name if isinstance(name, str) else self.name, settings, getattr(self.reward, "source", {})]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
