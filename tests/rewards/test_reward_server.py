@@ -359,7 +359,9 @@ def test_requests_that_would_take_too_much_memory_are_sent_away(monkeypatch):
     # A few hundred bytes each, and 4 MB when it is unpacked.
     body = {"prompts": ["p"], "images": [png(Image.new("1", (1000, 1000)))]}
     with serving(reward) as server, ThreadPoolExecutor(3) as executor:
-        held = [executor.submit(ask, server, body=body) for _ in range(2)]
+        held = [executor.submit(ask, server, body=body)]
+        assert reward.begun.wait(30)  # or both would be scored together, and none would wait
+        held.append(executor.submit(ask, server, body=body))
         wait_until(lambda: server._held >= 8_000_000 and server.health()["waiting_pictures"] == 1)
         status, headers, answer = ask(server, body=body)
         assert (status, headers["Retry-After"]) == (503, "1")

@@ -14,6 +14,7 @@
 """docs/rewards.md says of every built-in reward what its class says."""
 
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,8 @@ def test_what_the_documentation_says_of_a_reward(name):
     assert documented(name, about) in DOCUMENTATION.read_text()
 
 
-if __name__ == "__main__":  # prints what belongs into the documentation
+if __name__ == "__main__":  # writes what belongs into the documentation
     for name, place in sorted(REWARDS.items()):
         module, attribute = place.split(":")
-        print(documented(name, getattr(importlib.import_module(module, "trl_flow.rewards"), attribute).about))
+        about = getattr(importlib.import_module(module, "trl_flow.rewards"), attribute).about
+        sys.stdout.write(documented(name, about) + "\n")
