@@ -112,8 +112,6 @@ def sd_scheduler(**kwargs) -> DDIMScheduler:
 def tiny_sd3(seed: int = 0, sample_size: int = 4) -> StableDiffusion3Pipeline:
     """A `StableDiffusion3Pipeline` with random weights: latents 4 x 4 x 4, pictures 8 x 8, two text encoders, no T5."""
     torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
-    text_config = tiny_text_config(tokenizer)
     transformer = SD3Transformer2DModel(
         sample_size=sample_size,
         patch_size=1,
@@ -128,6 +126,13 @@ def tiny_sd3(seed: int = 0, sample_size: int = 4) -> StableDiffusion3Pipeline:
         pos_embed_max_size=8,
     )
     vae = tiny_vae(scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
+    return sd3_pipeline(transformer, vae)
+
+
+def sd3_pipeline(transformer: SD3Transformer2DModel, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+    """A `StableDiffusion3Pipeline` with two tiny text encoders of random weights, and no T5."""
+    tokenizer = tiny_tokenizer()
+    text_config = tiny_text_config(tokenizer)
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),

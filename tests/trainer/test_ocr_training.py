@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image, ImageDraw, ImageFont
-from pipelines import tiny_text_config, tiny_tokenizer, tiny_vae
+from pipelines import sd3_pipeline, tiny_vae
 from torch.nn.functional import mse_loss, pixel_shuffle, pixel_unshuffle
-from transformers import CLIPTextModelWithProjection
 
 from trl_flow import FlowGRPOConfig
 
@@ -74,19 +73,7 @@ def writer() -> StableDiffusion3Pipeline:
         mse_loss(velocity, noise - clean).backward()
         optimizer.step()
 
-    tokenizer = tiny_tokenizer()
-    config = tiny_text_config(tokenizer)
-    return StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
-        text_encoder=CLIPTextModelWithProjection(config),
-        tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection(config),
-        tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
+    return sd3_pipeline(transformer, vae)
 
 
 def distance(a: str, b: str) -> int:
