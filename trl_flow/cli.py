@@ -62,6 +62,9 @@ def format_help() -> str:
         '  trl-flow generate --adapter runs/first --prompt "a photo of a red circle" --compare',
         "",
         "Errors are one line; `trl-flow --debug COMMAND ...` or TRL_FLOW_DEBUG=1 shows where they come from.",
+        "",
+        "Exit codes: 0 done; 1 failed, or `doctor` found that a pipeline does not train; 2 the command line is wrong;",
+        "130 stopped by Ctrl-C, 143 by SIGTERM: a run that trains has saved a checkpoint then and said how to go on.",
     ]
     return "\n".join(lines)
 
@@ -82,7 +85,12 @@ def run(command: str, args: list[str]) -> int:
     )
     if needs_launch(from_file + from_line):
         return launch(command, without(args, from_line), from_file + from_line)
-    run_training(command, *parsed)
+    from .interruption import Interrupted
+
+    try:
+        run_training(command, *parsed)
+    except Interrupted as interruption:
+        return interruption.exit_code  # it has said itself how to go on
     return 0
 
 
@@ -103,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         `int`: 0 if all went well, 1 if the command failed (or `doctor` found that a pipeline does not train), 2 if the
-            command line is wrong, 130 if interrupted.
+            command line is wrong, 130 if Ctrl-C interrupted it. A training command that SIGTERM interrupted gives 143.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("TRL_FLOW_DEBUG", "0").lower() not in ("", "0", "false", "no")

@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 
 import trl_flow
 
+from ..interruption import InterruptionCallback
 from ..rewards.loading import public_reward
 from .arguments import FlowScriptArguments
 from .methods import METHODS
@@ -190,6 +191,9 @@ def run_training(command: str, script_args: FlowScriptArguments, training_args: 
             Model, adapter, rewards and prompts.
         training_args ([`FlowGRPOConfig`]):
             Config of the method.
+
+    Raises:
+        Interrupted: After Ctrl-C or SIGTERM, when the checkpoint is saved.
     """
     from ..policy import default_call_arguments
 
@@ -210,6 +214,7 @@ def run_training(command: str, script_args: FlowScriptArguments, training_args: 
     config["num_eval_inference_steps"] = trainer.args.num_eval_inference_steps
     # When training begins, and not before: what is refused leaves no trace.
     trainer.add_callback(_WriteConfig(config, command))
+    trainer.add_callback(InterruptionCallback(resume_command(command, training_args)))
     trainer.train(resume_from_checkpoint=resume)
     if trainer.is_world_process_zero():
         print_scores(trainer)
@@ -219,6 +224,15 @@ def run_training(command: str, script_args: FlowScriptArguments, training_args: 
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}")
     trainer.end()
+
+
+def resume_command(command: str, training_args: Any) -> str:
+    """The command line that goes on with a run from its last checkpoint."""
+    config = str(Path(training_args.output_dir, "config.yaml"))
+    line = shlex.join(["trl-flow", command, "--config", config, "--resume_from_checkpoint", "true"])
+    if training_args.world_size > 1:
+        line += f" (and the same launch arguments: {training_args.world_size} processes)"
+    return line
 
 
 def family_settings(policy) -> dict[str, Any]:
