@@ -129,6 +129,32 @@ def test_sigterm_saves_and_the_command_that_it_names_ends_as_a_run_that_was_neve
     assert rewards[0] == rewards[1]
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_under_a_launcher_all_processes_stop_after_the_same_update(place, processes, number):
+    """The signal goes to the launcher alone, as from a batch system."""
+    launch = ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else [])]
+    line = command("stopped", per_device_train_batch_size=2 // processes)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trl_flow.cli", *line, *launch],
+        env={**os.environ, "WAIT_IN_CALL": "4"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(place / "waiting", process)
+    process.send_signal(number)
+    (place / "go_on").touch()
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 128 + number, stderr
+    assert stderr.count("Stopped after update 3 of 6") == 1, stderr
+    checkpoints = sorted(path.name for path in place.glob("stopped/checkpoint-*/rollout_state_*.pt"))
+    assert checkpoints == [f"rollout_state_{rank}.pt" for rank in range(processes)]
+
+
 def make_trainer(folder, reward=brightness, **settings):
     settings = {
         "use_cpu": True, "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False, "max_steps": 4,

@@ -15,11 +15,16 @@
 """Decide whether a training command needs `accelerate launch`, and start it that way."""
 
 import os
+import signal
+from contextlib import contextmanager
 from typing import Any
 
 
 # Set for the processes that we start: they must train, not launch again because of what the YAML file says.
 LAUNCHED = "TRL_FLOW_LAUNCHED"
+# Interrupted processes finish their update and save it. torch's launcher kills them after half a minute, which is short.
+SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+SECONDS_TO_SAVE = 3600
 
 
 def launch_options() -> list[str]:
@@ -75,24 +80,62 @@ def launch(command: str, args: list[str], launch_args: list[str]) -> int:
     Run `trl-flow COMMAND ARGS` under `accelerate launch LAUNCH_ARGS`.
 
     Returns:
-        `int`: exit code, 0 if every process succeeded.
+        `int`: exit code: 0 if every process succeeded, 130 or 143 if they were interrupted, 1 if one failed.
     """
     from subprocess import CalledProcessError
 
     from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     launch_args = resolve_accelerate_config_argument(_split_accelerate_config(launch_args))
     os.environ[LAUNCHED] = "1"
+    os.environ.setdefault(SHUTDOWN_TIMEOUT, str(SECONDS_TO_SAVE))
     try:
-        launch_command(_launch_parser().parse_args([*launch_args, "--module", "trl_flow.cli", command, *args]))
-    except (CalledProcessError, ChildFailedError):
-        # The processes have said why on their own.
-        return 1
+        with _signals_passed_on():
+            launch_command(_launch_parser().parse_args([*launch_args, "--module", "trl_flow.cli", command, *args]))
+    # The processes have said why on their own.
+    except CalledProcessError as failure:
+        return _exit_code(failure.returncode)
+    except ChildFailedError as failure:
+        return _exit_code(failure.get_first_failure()[1].exitcode)
+    except SignalException as failure:
+        return 128 + failure.sigval
     finally:
         del os.environ[LAUNCHED]
     return 0
+
+
+def _exit_code(code: int) -> int:
+    """That of this command, from that of a process: negative where a signal ended it."""
+    code = 128 - code if code < 0 else code
+    return code if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) else 1
+
+
+@contextmanager
+def _signals_passed_on():
+    """
+    Ctrl-C and SIGTERM go to the processes, whose end is awaited.
+
+    torch's launcher does the same with handlers of its own. Where accelerate starts one process without it, SIGTERM would
+    end the launcher and leave the process behind.
+    """
+    import psutil
+
+    def pass_on(number, frame):
+        for process in psutil.Process().children():
+            process.send_signal(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, pass_on)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _launch_parser():
