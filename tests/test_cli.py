@@ -277,7 +277,7 @@ class TestMain:
         *lines, imported = result.stdout.splitlines()
         assert imported == "[]"
         titles = [line.removesuffix(":") for line in lines if line.endswith(":") and not line.startswith(" ")]
-        assert titles == ["Train", "Prepare", "Rewards and prompts", "Look", "Examples"]
+        assert titles == ["Train", "Prepare", "Rewards and prompts", "Look", "Publish", "Examples"]
         assert all(any(line.startswith(f"  {name} ") for line in lines) for name in COMMANDS)
 
     @pytest.mark.parametrize("command", COMMANDS)

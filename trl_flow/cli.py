@@ -40,6 +40,9 @@ COMMANDS = {
         "evaluate": "score a model with and without an adapter: table, pictures, intervals",
         "env": "print versions and hardware, for bug reports",
     },
+    "Publish": {
+        "convert": "write an adapter in the layout of PEFT, diffusers or ComfyUI, or merge it",
+    },
 }
 
 USAGE = "usage: trl-flow [--help] [--version] [--debug] COMMAND [--config FILE.yaml] [--NAME VALUE ...]"
