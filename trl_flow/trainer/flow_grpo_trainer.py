@@ -46,6 +46,7 @@ from ..objective import (
 from ..policy import FlowPolicy, default_call_arguments, encode_prompts, load_pipeline
 from ..policy.doctor import Diagnosis, Untrainable, examine_policy
 from ..report import ProgressLine, write_report
+from ..report.plan import PlanPicture
 from ..rewards import RewardThreads
 from ..rollout import Plan, Rollout, chain_plan, coefficients, log_prob, transition
 from .arguments import (
@@ -366,6 +367,11 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
     def plan(self, sde_steps: list[int]) -> Plan:
         """The rollout tree of one prompt group."""
         return chain_plan(self.args.num_inference_steps, self.num_generations, sde_steps, self.args.same_initial_noise)
+
+    def draw_plan(self) -> PlanPicture:
+        """The tree of the next rollout, for a notebook to show, to print as text, or to [`~PlanPicture.save`]."""
+        sde_steps = self.rollout_steps()
+        return PlanPicture(self.plan(sde_steps), self.rollout_sigmas(sde_steps).tolist(), self._name)
 
     def observe(self, rollout: Rollout) -> torch.Tensor | None:
         """What credit needs to know of the latents of b prompts, as one tensor `(b, ...)`; `None` for nothing."""
