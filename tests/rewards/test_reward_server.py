@@ -46,7 +46,6 @@ from PIL import Image
 
 import trl_flow
 from trl_flow.rewards import About, Reward, RewardUnavailableError, load_reward, remote
-from trl_flow.rewards import server as reward_server
 from trl_flow.rewards.remote import TOKEN_VARIABLE, RemoteReward
 from trl_flow.rewards.server import RewardServer
 from trl_flow.shapes import render, shapes_dataset, shapes_reward
@@ -605,7 +604,7 @@ def test_a_client_that_does_not_finish_is_not_waited_for(small_server, slowly):
 
 def test_silent_connections_do_not_stop_the_server(monkeypatch):
     monkeypatch.setattr(RewardServer, "max_connections", 3)
-    monkeypatch.setattr(reward_server, "HEADERS", 1.0)
+    monkeypatch.setattr(RewardServer, "header_timeout", 1.0)
     with serving(shapes_reward) as server, contextlib.ExitStack() as stack:
         address = server.server_address[:2]
         silent = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(3)]

@@ -18,7 +18,6 @@ import base64
 import contextlib
 import errno
 import hashlib
-import hmac
 import inspect
 import io
 import json
@@ -31,15 +30,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
+from http.server import ThreadingHTTPServer
 
 import torch
 from accelerate import PartialState
 from PIL import Image
 
 from .. import __version__
+from .connection import Handler, RefusedError, Request
 from .loading import SECRETS, RewardSpec, parse_reward, public_reward, reward_name
 from .remote import TOKEN_VARIABLE, is_loopback, read_token
 from .reward import About, Reward, RewardUnavailableError
@@ -48,46 +46,11 @@ from .scoring import RewardThreads, start_scoring, takes_videos
 
 logger = logging.getLogger(__name__)
 
-# How long a client is listened to that was refused before it had said all.
-LINGER = 2.0  # seconds
-# How long a client may be silent before a request, or take for its headers.
-HEADERS = 10.0  # seconds
 # Memory that a request takes until its pictures are decoded: the body, its text, its values, their PNGs.
 COPIES = 4  # times its length
 PIXEL = 4  # bytes: Pillow's RGB has one that is not used
 # What a reward function gets by these names is no column.
 _RESERVED = {"prompts", "images", "completions", "videos", "trainer_state", "log_extra", "log_metric"}
-
-
-class RefusedError(Exception):
-    """A request that gets no scores: the status of its answer, and why."""
-
-    def __init__(self, status: int, reason: str, **headers: str):
-        super().__init__(reason)
-        self.status = status
-        self.headers = headers
-
-
-class _Request:
-    """
-    Pictures that wait for their scores.
-
-    Args:
-        key (`str`, *optional*): By which a client that asks for the same again says so.
-    """
-
-    def __init__(self, key: str | None):
-        self.key = key
-        self.size = 0  # bytes that it may take
-        self.prompts: list[str] = []
-        self.images: list[Image.Image] = []
-        self.columns: dict[str, list] = {}
-        self.done = threading.Event()
-        self.abandoned = False  # nobody waits for it any more
-        self.answer: dict | RefusedError | None = None
-
-    def empty(self):
-        self.prompts, self.images, self.columns = [], [], {}
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -129,10 +92,12 @@ class RewardServer(ThreadingHTTPServer):
         max_connections (`int`): Most connections. More get status 503, and are closed.
         max_memory (`int`): Most bytes of the requests that are read or wait. More get status 503; one alone is taken
             whatever its size.
+        header_timeout (`float`): Seconds that a client may be silent before a request, or take for its headers.
     """
 
     max_connections = 512
     max_memory = 2 * 2**30
+    header_timeout = 10.0
 
     request_queue_size = (
         1024  # connections that the system keeps until a thread takes them; 5 is the library's default
@@ -189,14 +154,15 @@ class RewardServer(ThreadingHTTPServer):
         self.max_images = max_images
         self.max_pixels = max_megapixels * 1e6
         self.request_timeout = request_timeout
+        self.header_timeout = min(self.header_timeout, request_timeout)
         self.token = token
         self.device = device
         self.ready = False
         self.error: BaseException | None = None  # why it never became ready
         self.stopping = False
         self._changed = threading.Condition()
-        self._waiting: deque[_Request] = deque()
-        self._begun: dict[str, _Request] = {}  # by key: what is being scored, or was for clients that have hung up
+        self._waiting: deque[Request] = deque()
+        self._begun: dict[str, Request] = {}  # by key: what is being scored, or was for clients that have hung up
         self._admitted = 0
         self._held = 0  # bytes
         # Open connections, and when each must have sent its request.
@@ -204,7 +170,7 @@ class RewardServer(ThreadingHTTPServer):
         self._running: list[threading.Thread] = []
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            super().__init__((host, port), _Handler)
+            super().__init__((host, port), Handler)
         except OSError as error:
             reason = error.strerror or error
             raise OSError(f"host={host!r}, port={port}: {reason}. Take another port, or 0 for a free one.") from error
@@ -279,7 +245,7 @@ class RewardServer(ThreadingHTTPServer):
         health = {"name": self.name, "version": __version__, "scope": self.scope, "ready": ready}
         return {**health, "requests": requests, "waiting_pictures": pictures}
 
-    def admit(self, request: _Request, length: int):
+    def admit(self, request: Request, length: int):
         """Counts a request in, before its body of `length` bytes is read."""
         with self._changed:
             if self.stopping or not self.ready:
@@ -290,12 +256,12 @@ class RewardServer(ThreadingHTTPServer):
             self._reserve(request, COPIES * length)
             self._admitted += 1
 
-    def dismiss(self, request: _Request):
+    def dismiss(self, request: Request):
         with self._changed:
             self._held -= request.size
             self._admitted -= 1
 
-    def _reserve(self, request: _Request, size: int):
+    def _reserve(self, request: Request, size: int):
         """Notes how much memory a request takes from now on."""
         with self._changed:
             others = self._held - request.size
@@ -305,7 +271,7 @@ class RewardServer(ThreadingHTTPServer):
             self._held = others + size
             request.size = size
 
-    def read_request(self, request: _Request, body: bytes):
+    def read_request(self, request: Request, body: bytes):
         """
         Fills a request with what its body holds.
 
@@ -345,7 +311,7 @@ class RewardServer(ThreadingHTTPServer):
         left = COPIES * (len(body) - sum(map(len, images)))
         self._reserve(request, left + PIXEL * sum(image.width * image.height for image in request.images))
 
-    def _decode(self, request: _Request, images: list[str]) -> list[Image.Image]:
+    def _decode(self, request: Request, images: list[str]) -> list[Image.Image]:
         decoded, pixels = [], 0
         for number, text in enumerate(images):
             try:
@@ -367,7 +333,7 @@ class RewardServer(ThreadingHTTPServer):
                 raise RefusedError(400, f"images[{number}] is a damaged PNG ({type(error).__name__})") from None
         return decoded
 
-    def enqueue(self, request: _Request) -> _Request:
+    def enqueue(self, request: Request) -> Request:
         """
         Lets a request wait. What its client asked for before, when it lost patience, is not begun anew: what is returned is
         what to wait for.
@@ -386,14 +352,14 @@ class RewardServer(ThreadingHTTPServer):
             self._changed.notify_all()
             return request
 
-    def abandon(self, request: _Request):
+    def abandon(self, request: Request):
         """Nobody waits for it any more."""
         with self._changed:
             if request in self._waiting:
                 request.abandoned = True
                 request.empty()
 
-    def delivered(self, request: _Request):
+    def delivered(self, request: Request):
         """Forgets a request whose client is there to hear of it."""
         with self._changed:
             if self._begun.get(request.key) is request:
@@ -451,7 +417,7 @@ class RewardServer(ThreadingHTTPServer):
         content = [name if isinstance(name, str) else self.name, settings, getattr(self.reward, "source", {})]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
-    def _begin(self, requests: list[_Request]) -> list[_Request]:
+    def _begin(self, requests: list[Request]) -> list[Request]:
         """Those of them that somebody waits for."""
         with self._changed:
             requests = [request for request in requests if not request.abandoned]
@@ -460,7 +426,7 @@ class RewardServer(ThreadingHTTPServer):
                 del self._begun[next(iter(self._begun))]
         return requests
 
-    def _take(self) -> list[_Request]:
+    def _take(self) -> list[Request]:
         """What is scored together: the first that waits, and whatever fits with it. Nothing when all is done."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self.stopping)
@@ -479,7 +445,7 @@ class RewardServer(ThreadingHTTPServer):
                     pictures += len(request.images)
             return taken
 
-    def _score(self, requests: list[_Request]):
+    def _score(self, requests: list[Request]):
         prompts = [prompt for request in requests for prompt in request.prompts]
         images = [image for request in requests for image in request.images]
         columns = {name: [] for request in requests for name in request.columns}
@@ -536,7 +502,7 @@ class RewardServer(ThreadingHTTPServer):
             request.sendall(b"HTTP/1.1 503 Too many connections\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
             self.shutdown_request(request)
             return
-        self.expect(request, min(HEADERS, self.request_timeout))
+        self.expect(request, self.header_timeout)
         super().process_request(request, client_address)
 
     def shutdown_request(self, request):
@@ -565,142 +531,6 @@ class RewardServer(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         # A client that is gone; what goes wrong while answering is dealt with there.
         logger.debug("Connection of %s ended", client_address, exc_info=True)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server_version = f"trl-flow/{__version__}"
-    sys_version = ""
-    disable_nagle_algorithm = True  # which would hold back what follows the headers
-    server: RewardServer
-
-    def setup(self):
-        self.timeout = self.server.request_timeout
-        super().setup()
-
-    def handle_one_request(self):
-        self.server.expect(self.connection, min(HEADERS, self.server.request_timeout))
-        super().handle_one_request()
-
-    def answer(self):
-        self.server.expect(self.connection, self.server.request_timeout)
-        self.unread = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
-        headers = {}
-        try:
-            content = self._answer()
-            status = 200 if content.get("ready", True) else 503
-        except RefusedError as refused:
-            status, content, headers = refused.status, {"error": str(refused)}, refused.headers
-        except ConnectionError:
-            self.close_connection = True
-            return
-        except Exception:
-            logger.exception(f"{self.command} {self.path}")
-            status, content = 500, {"error": "an error of the server, which its log tells more of"}
-        self._send(status, content, headers)
-
-    do_GET = do_POST = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
-
-    def _answer(self) -> dict:
-        path = urlsplit(self.path).path
-        methods = {"/": "GET", "/health": "GET", "/score": "POST"}
-        if path not in methods:
-            raise RefusedError(404, f"{path}: expected one of {', '.join(methods)}")
-        if self.command != methods[path]:
-            raise RefusedError(405, f"{path} takes {methods[path]} only", Allow=methods[path])
-        if path == "/health":
-            return self.server.health()
-        self._check_token()
-        return self.server.about() if path == "/" else self._scores()
-
-    def _check_token(self):
-        if self.server.token is None:
-            return
-        given = self.headers.get("Authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self.server.token}".encode()):
-            raise RefusedError(401, "expected the token of this server", **{"WWW-Authenticate": "Bearer"})
-
-    def _scores(self) -> dict:
-        # A web page can make a browser post to this machine, but not with this type.
-        if self.headers.get_content_type() != "application/json":
-            raise RefusedError(415, "expected Content-Type: application/json")
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdecimal()) or "Transfer-Encoding" in self.headers:
-            raise RefusedError(411, "expected a Content-Length")
-        length = int(length)
-        if length > self.server.max_body:
-            raise RefusedError(413, f"{length} bytes: this server takes {self.server.max_body} at once")
-        request = _Request(self.headers.get("Idempotency-Key"))
-        self.server.admit(request, length)
-        try:
-            try:
-                body = self.rfile.read(length)
-            except TimeoutError:
-                body = b""
-            if len(body) < length:
-                raise RefusedError(408, f"{len(body)} of {length} bytes came")
-            self.unread = False
-            self.server.expect(self.connection, math.inf)
-            self.server.read_request(request, body)
-            del body
-            begun = self.server.enqueue(request)
-            done = False
-            while not done:
-                done = begun.done.wait(1.0)
-                if self._is_gone():
-                    self.server.abandon(request)
-                    raise ConnectionAbortedError
-        finally:
-            self.server.dismiss(request)
-        self.server.delivered(begun)
-        if isinstance(begun.answer, RefusedError):
-            raise begun.answer
-        return begun.answer
-
-    def _is_gone(self) -> bool:
-        """Whether the client has hung up. Work for those who have, and ask again, would pile up."""
-        if self.server.stopping:
-            return False  # nothing is read any more, which looks the same
-        self.connection.settimeout(0)
-        try:
-            return not self.connection.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except ConnectionError:
-            return True
-        finally:
-            self.connection.settimeout(self.timeout)
-
-    def _send(self, status: int, content: dict, headers: dict[str, str]):
-        body = json.dumps(content).encode()
-        self.close_connection = self.close_connection or self.unread or self.server.stopping
-        self.send_response(status)
-        for name, value in {**headers, "Content-Type": "application/json", "Content-Length": len(body)}.items():
-            self.send_header(name, str(value))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-        if self.unread:
-            self._linger()
-
-    def _linger(self):
-        """Listens on for a while: closing on a client that is still sending would destroy the answer on its way."""
-        self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(LINGER)
-        until = time.monotonic() + LINGER
-        while time.monotonic() < until and self.connection.recv(65536):
-            pass
-
-    def send_error(self, code, message=None, explain=None):
-        """What the base class refuses: requests that are no HTTP, and methods without a name here."""
-        self.unread = True
-        self.command = self.command or ""
-        self._send(code, {"error": message or HTTPStatus(code).phrase}, {})
-
-    def log_message(self, format, *args):
-        logger.debug(format, *args)
 
 
 def serve(reward: Callable, host: str = "127.0.0.1", port: int = 8000, **settings):
@@ -759,7 +589,7 @@ def _without_exit(reward: Callable) -> Callable:
     return call
 
 
-def _answer_all(requests: list[_Request], refused: RefusedError):
+def _answer_all(requests: list[Request], refused: RefusedError):
     for request in requests:
         if not request.done.is_set():
             request.answer = refused
