@@ -281,3 +281,27 @@ def test_in_another_thread_a_run_trains_as_without(tmp_path):
     thread.start()
     thread.join()
     assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (None, 0),
+        (ValueError("a setting"), 1),
+        (Interrupted(signal.SIGINT, "checkpoint-1"), 130),
+        (KeyboardInterrupt(), 130),
+        (Interrupted(signal.SIGTERM, "checkpoint-1"), 143),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, int) else str(value),
+)
+def test_exit_codes_are_those_that_help_names(monkeypatch, capsys, error, code):
+    def run_training(command, *parsed):
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr("trl_flow.scripts.training.run_training", run_training)
+    monkeypatch.setattr("trl_flow.scripts.launcher.needs_launch", lambda args: False)
+    assert cli.main(["flow-grpo"]) == code
+    assert cli.main(["--help"]) == 0
+    documented = capsys.readouterr().out.partition("Exit codes:")[2]
+    assert re.search(rf"\b{code}\b", documented)
