@@ -21,9 +21,10 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import call_arguments, tiny_pipeline
 
-from trl_flow.hub import save_adapter
+from trl_flow.hub import save_adapter, save_policy
 from trl_flow.hub.adapter import DIFFUSERS_WEIGHTS_NAME
 from trl_flow.hub.convert import convert_adapter, merge_adapter, read_lora
+from trl_flow.policy import FlowPolicy
 
 
 # Of every kind that the trainers' default adapters have, and feed-forward layers.
@@ -259,7 +260,32 @@ def test_merge(tmp_path, name):
         merge_adapter(tiny_pipeline("StableDiffusionXLPipeline"), tmp_path / "run")
 
 
+def test_both_denoisers(tmp_path):
+    name = "WanPipeline/2.2"
+    policy = FlowPolicy(tiny_pipeline(name), height=16, width=16, num_frames=5)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(generator=generator)
+    save_policy(policy, tmp_path / "run", "user/base")
+    convert_adapter(tmp_path / "run", "diffusers", tmp_path / "diffusers")
+    convert_adapter(tmp_path / "diffusers", "peft", tmp_path / "peft")
+    for file in ("adapter_model.safetensors", "transformer_2/adapter_model.safetensors"):
+        assert same(load_file(tmp_path / "run" / file), load_file(tmp_path / "peft" / file))
+    base, merged = tiny_pipeline(name), merge_adapter(tiny_pipeline(name), tmp_path / "peft")
+    for component in ("transformer", "transformer_2"):
+        before, after = (dict(getattr(p, component).named_parameters()) for p in (base, merged))
+        assert before.keys() == after.keys() and not same(before, after)
+    with pytest.raises(ValueError, match="adapts transformer and transformer_2, and a kohya file is of one"):
+        convert_adapter(tmp_path / "run", "kohya", tmp_path / "out.safetensors")
+
+
 class TestRefusals:
+    def test_a_complete_denoiser(self, tmp_path):
+        tiny_pipeline("StableDiffusion3Pipeline").transformer.save_pretrained(tmp_path / "transformer")
+        with pytest.raises(ValueError, match="holds a complete denoiser"):
+            convert_adapter(tmp_path, "diffusers", tmp_path / "out")
+
     def test_a_family_without_kohya_layout(self, tmp_path):
         pipeline = tiny_pipeline("QwenImagePipeline")
         model = get_peft_model(pipeline.transformer, LoraConfig(target_modules=["to_q"]))
