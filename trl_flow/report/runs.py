@@ -209,8 +209,8 @@ def final_scores(runs: Sequence[Run]) -> list[dict]:
     that of the first run.
 
     Returns:
-        `list[dict]`: `name`, and `rows` with the values as text; `change` and `difference` are of text, half of the paired
-        95 % interval as text, and a direction where that interval does not contain 0.
+        `list[dict]`: `name`, and `rows` with the values as text; `change` and `difference` are of text, half of the
+        paired 95 % interval as text, and a direction where that interval does not contain 0.
     """
     tables = []
     for name in score_names(runs):
@@ -287,9 +287,9 @@ def _estimate(mean: float, paired: tuple[float, float, int] | None) -> dict[str,
 
 def _notes(runs: Sequence[Run]) -> list[str]:
     notes = [
-        "± is half of the paired 95 % interval: over the same prompts and noise at a run's first and last evaluation, and "
-        f"in both runs for the difference from {runs[0].name}. An arrow marks a change or difference whose interval does "
-        "not contain 0."
+        "± is half of the paired 95 % interval: over the same prompts and noise at a run's first and last evaluation, "
+        f"and in both runs for the difference from {runs[0].name}. An arrow marks a change or difference whose interval "
+        "does not contain 0."
     ]
     names = score_names(runs)
     without = {}

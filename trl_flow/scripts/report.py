@@ -43,8 +43,8 @@ class ReportArguments:
     run: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Output directories of training commands, or checkpoints. Of one, its own report is written again, "
-            "into it; several are compared, with the first. Stand first on the command line without a name.",
+            "help": "Output directories of training commands, or checkpoints. Of one, its own report is written "
+            "again, into it; several are compared, with the first. Stand first on the command line without a name.",
             "aliases": ["--runs"],
         },
     )
@@ -60,8 +60,8 @@ class ReportArguments:
             raise ValueError("name a run, or several to compare: trl-flow report runs/first runs/second")
         if len(self.run) == 1 and self.output_dir is not None:
             raise ValueError(
-                f"output_dir={self.output_dir} is for comparisons: the report of one run is written into {self.run[0]}. "
-                "Name a second run, or leave it out"
+                f"output_dir={self.output_dir} is for comparisons: the report of one run is written into "
+                f"{self.run[0]}. Name a second run, or leave it out"
             )
 
 
@@ -83,8 +83,8 @@ def make_parser(prog: str | None = None) -> ReportParser:
     return ReportParser(
         dataclass_types=(ReportArguments,),
         prog=prog,
-        description="Write a run's report again, or compare several runs: curves, scores with intervals, settings that "
-        "differ, and pictures of the same prompts, on one page that needs no other file.",
+        description="Write a run's report again, or compare several runs: curves, scores with intervals, settings "
+        "that differ, and pictures of the same prompts, on one page that needs no other file.",
     )
 
 
