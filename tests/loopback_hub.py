@@ -37,6 +37,7 @@ import yaml
 
 # What the Hub stores as LFS objects, whatever their size.
 LFS = (".safetensors", ".bin", ".pt", ".parquet", ".png", ".jpg", ".arrow")
+CUT = 0  # as a fault
 DATE = "2026-01-01T00:00:00.000Z"
 
 
@@ -85,7 +86,7 @@ class LoopbackHub:
         repositories (`dict[tuple[str, str], Repository]`): By type (`"model"`, `"dataset"`, `"space"`) and id.
         requests (`list[tuple[str, str]]`): Method and path of every request so far.
         fault (`Callable[[str, str], int | None]`): Gets method and path of a request; where it returns a status, the
-            request fails with that and has no effect.
+            request fails with that and has no effect; with `CUT`, the connection ends in the middle of the request.
     """
 
     def __init__(self):
@@ -198,13 +199,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub, url = self.server.hub, urlsplit(self.path)
-        self.body, self.query = self._read_body(), parse_qs(url.query)
-        method = "GET" if self.command == "HEAD" else self.command
         with hub.lock:
             hub.requests.append((self.command, url.path))
             status = hub.fault(self.command, url.path)
-            if status is not None:
-                return self._send({"error": "fault"}, status)
+        if status == CUT:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+            self.close_connection = True
+            return None
+        self.body, self.query = self._read_body(), parse_qs(url.query)
+        if status is not None:
+            return self._send({"error": "fault"}, status)
+        method = "GET" if self.command == "HEAD" else self.command
+        with hub.lock:
             for wanted, pattern, name in _ROUTES:
                 match = re.fullmatch(pattern, url.path)
                 if wanted == method and match:
@@ -213,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
                         return getattr(self, name)(**groups)
                     except _NotFound as missing:
                         return self._send({"error": f"{missing}"}, 404, {"X-Error-Code": f"{missing}"})
-        self._send({"error": f"the loopback Hub does not know {self.command} {url.path}"}, 404)
+        return self._send({"error": f"the loopback Hub does not know {self.command} {url.path}"}, 404)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 

@@ -14,18 +14,44 @@
 
 """What a run leaves on disk and finds there again: adapter, card, checkpoint state."""
 
+import copy
 import json
+import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import httpx2
 import torch
+from huggingface_hub import CommitInfo, create_repo
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import PushInProgress
 
 from ..hub import create_model_card, load_policy, save_policy, supports_diffusers_format
+from ..hub.uploading import (
+    TRAINING_ARGUMENTS,
+    PushError,
+    explain,
+    files_below,
+    push_command,
+    push_files,
+    retried,
+    run_files,
+    stage,
+)
+from ..report import write_report
+
+
+logger = logging.getLogger(__name__)
 
 
 RUN_FILE = "run.json"
+CALIBRATION_FILE = "calibration.json"
+LAST_CHECKPOINT = "last-checkpoint"  # Trainer's name for it on the Hub
 
 
 def check_output_dir(output_dir: str):
@@ -44,7 +70,11 @@ def _describe(rewards: dict[str, dict[str, str]]) -> str:
 
 
 class SavingMixin:
-    """The part of the trainer that saves and resumes."""
+    """The part of the trainer that saves, pushes and resumes."""
+
+    _pushing: ThreadPoolExecutor | None = None  # one push at a time
+    _waiting: Future | None = None  # the push that is to follow the present one
+    _pushed_checkpoints: frozenset[str] = frozenset()
 
     def last_evaluation(self) -> int | None:
         return next((entry["step"] for entry in reversed(self.state.log_history) if "eval_reward" in entry), None)
@@ -109,6 +139,11 @@ class SavingMixin:
             file = Path(self.args.output_dir) / RUN_FILE
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(run, indent=2) + "\n")
+            if isinstance(self.args.noise_level, str):
+                # The run's own copy: the table belongs to what is pushed.
+                table = Path(self.args.noise_level)
+                if table.resolve() != (file.parent / CALIBRATION_FILE).resolve():
+                    shutil.copy(table, file.parent / CALIBRATION_FILE)
 
     @contextmanager
     def averaged_weights(self):
@@ -129,14 +164,31 @@ class SavingMixin:
         with nullcontext() if self._saving_checkpoint else self.averaged_weights():
             if not self._saving_checkpoint:
                 self.create_model_card()
-            super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         if not self.args.should_save:
             return
-        output_dir = output_dir or self.args.output_dir
-        save_policy(self.policy, output_dir, self.base_model or None, state_dict)
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+        output_dir = Path(output_dir or self.args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        # Written elsewhere and moved: a process that is killed leaves the old weights or the new ones, and a file that is
+        # being pushed stays what it is.
+        with tempfile.TemporaryDirectory(prefix="_saving-", dir=output_dir) as folder:
+            save_policy(self.policy, folder, self.base_model or None, state_dict)
+            torch.save(self._public_args(), os.path.join(folder, TRAINING_ARGUMENTS))
+            for name, path in files_below(folder).items():
+                (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+                path.replace(output_dir / name)
+
+    def _public_args(self):
+        """The settings without tokens: they are pushed."""
+        args = copy.copy(self.args)
+        for name in vars(args):
+            if name.endswith("_token"):
+                setattr(args, name, None)
+        return args
 
     def _save_checkpoint(self, model, trial):
         self._saving_checkpoint = True
@@ -145,7 +197,9 @@ class SavingMixin:
         finally:
             self._saving_checkpoint = False
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        if os.path.isdir(folder) and not self.args.save_only_model:
+        if not os.path.isdir(folder):
+            return
+        if not self.args.save_only_model:
             state = {
                 "method": self._name,
                 "trained_rewards": self._trained_rewards(),
@@ -157,7 +211,147 @@ class SavingMixin:
                 "ema": None if self._ema is None else self._ema.state_dict(),
                 **self.method_state(),
             }
-            torch.save(state, os.path.join(folder, f"rollout_state_{self.args.process_index}.pt"))
+            file = Path(folder, f"rollout_state_{self.args.process_index}.pt")
+            torch.save(state, file.with_suffix(".part"))
+            file.with_suffix(".part").replace(file)  # the last file of a checkpoint: where it is, all is
+        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+            self.accelerator.wait_for_everyone()  # each process has written its state
+            self._push_progress(os.path.basename(folder))
+
+    # ---- The Hub ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None):
+        if not self.is_world_process_zero():
+            return
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        token = self.args.hub_token if token is None else token
+        private = self.args.hub_private_repo if private is None else private
+        try:
+            repository = retried(
+                lambda: create_repo(name, token=token, private=private, exist_ok=True), f"making the repository {name}"
+            )
+        except (httpx2.HTTPError, OSError) as error:
+            raise self._push_error(error, name) from error
+        self.hub_model_id = repository.repo_id
+        self.push_in_progress = None
+        for folder in Path(self.args.output_dir).glob("_push-*"):
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | Future | None:
+        """
+        Saves what is trained, and pushes the run's directory in one commit: weights in both formats, card, pictures,
+        curves and settings, and the checkpoints that `hub_strategy` asks for and that are not there yet.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`): First line of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Whether to return when all is done, or at once.
+            token (`str`, *optional*): Token with write permission. Defaults to `hub_token`.
+            revision (`str`, *optional*): Branch, made where it does not exist. Defaults to `hub_revision`.
+            private (`bool`, *optional*): Whether a new repository is private. Defaults to `hub_private_repo`.
+            kwargs: Passed to [`create_model_card`].
+
+        Returns:
+            `huggingface_hub.CommitInfo`, its `Future` with `blocking=False`, or `None` in processes other than the first.
+
+        Raises:
+            PushError: Nothing was committed. All is saved in `output_dir`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # Before the Hub is asked anything: what is saved does not depend on it.
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1], **kwargs})
+        self._finish_current_push()
+        push = self._prepare_push(commit_message, token, revision, staged=not blocking)
+        return push() if blocking else self._push_thread().submit(push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        """Nothing: Trainer calls this before the checkpoint is complete. `_save_checkpoint` pushes."""
+
+    def _push_progress(self, checkpoint: str):
+        """Pushes the state of training beside it. No error of the Hub ends training."""
+        if self.is_world_process_zero():
+            self.state.save_to_json(os.path.join(self.args.output_dir, "trainer_state.json"))
+            if any("train_runtime" not in entry for entry in self.state.log_history):
+                write_report(self.args.output_dir, self.state.log_history)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # A slow push is followed by one of the latest state, not by one of each.
+        if self._waiting is not None and not self.args.hub_always_push:
+            self._waiting.cancel()
+        try:
+            push = self._prepare_push(f"Training in progress, step {self.state.global_step}", staged=True)
+        except OSError as error:  # a full disk
+            logger.warning(f"Training goes on, but {checkpoint} is not on the Hub: {error}")
+            return
+
+        def push_or_warn():
+            try:
+                push()
+            except Exception as error:
+                logger.warning(f"Training goes on, but {checkpoint} is not on the Hub. {error}")
+
+        self._waiting = self._push_thread().submit(push_or_warn)
+        self._waiting.add_done_callback(lambda _: push.discard())
+        jobs = [] if self.push_in_progress is None else self.push_in_progress.jobs
+        self.push_in_progress = PushInProgress([*(job for job in jobs if not job.done()), self._waiting])
+
+    def _push_thread(self) -> ThreadPoolExecutor:
+        self._pushing = self._pushing or ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
+        return self._pushing
+
+    def _prepare_push(
+        self, commit_message: str, token: str | None = None, revision: str | None = None, staged: bool = False
+    ) -> "_Push":
+        files, replaced, folders = run_files(self.args.output_dir), None, []
+        if self.args.push_to_hub and self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            folders = self._complete_checkpoints()
+            if self.args.hub_strategy == HubStrategy.CHECKPOINT:
+                folders, replaced = folders[-1:], LAST_CHECKPOINT
+        folders = [path for path in folders if path.name not in self._pushed_checkpoints]
+        for path in folders:
+            files |= files_below(path, replaced or path.name)
+        return _Push(
+            self,
+            files,
+            frozenset(path.name for path in folders),
+            staged,
+            commit_message=commit_message,
+            token=self.args.hub_token if token is None else token,
+            revision=self.args.hub_revision if revision is None else revision,
+            replaced=replaced if folders else None,
+        )
+
+    def _complete_checkpoints(self) -> list[Path]:
+        """Checkpoints of the run in order, less those during whose writing it was killed."""
+        last = "trainer_state.json" if self.args.save_only_model else "rollout_state_0.pt"
+        folders = [path.parent for path in Path(self.args.output_dir).glob(f"checkpoint-*/{last}")]
+        steps = {path: path.name.removeprefix("checkpoint-") for path in folders}
+        return sorted((path for path in folders if steps[path].isdigit()), key=lambda path: int(steps[path]))
+
+    def _push_error(self, error: Exception, repo_id: str, revision: str | None = None) -> PushError:
+        folder = self.args.output_dir
+        if not (Path(folder) / RUN_FILE).is_file():
+            return PushError(
+                f"push_to_hub: there is no {repo_id} to push to. {explain(error)} Nothing is trained yet."
+            )
+        return PushError(
+            f"{folder} could not be pushed to {repo_id}. {explain(error)} Everything is saved in {folder}. To push it "
+            f"later: {push_command(folder, repo_id, revision, self.args.hub_private_repo)}"
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         load_policy(self.policy, resume_from_checkpoint)
@@ -250,7 +444,7 @@ class SavingMixin:
             },
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
             model_name=model_name,
-            hub_model_id=self.args.hub_model_id,
+            hub_model_id=self.hub_model_id or self.args.hub_model_id,
             component=self.policy.components[0],
             second_component=next(iter(self.policy.components[1:]), None),
             complete_class=(
@@ -266,3 +460,54 @@ class SavingMixin:
             seconds=self._elapsed,
             nfe=self._nfe,
         )
+
+
+class _Push:
+    """
+    The files of a run as they are now, and the call that pushes them.
+
+    Args:
+        trainer ([`SavingMixin`]): The trainer.
+        files (`dict[str, Path]`): Files by their path in the repository.
+        checkpoints (`frozenset[str]`): Names of the checkpoints among them.
+        staged (`bool`): Whether training goes on before they are pushed.
+        arguments: Those of [`push_files`].
+    """
+
+    def __init__(
+        self,
+        trainer: SavingMixin,
+        files: dict[str, Path],
+        checkpoints: frozenset[str],
+        staged: bool,
+        **arguments,
+    ):
+        self.trainer, self.files, self.checkpoints, self.arguments = trainer, files, checkpoints, arguments
+        self.folder = None
+        if not staged:
+            return
+        self.folder = tempfile.mkdtemp(prefix="_push-", dir=trainer.args.output_dir)
+        # What is in checkpoints is never written to again, and `_save` replaces weights.
+        lasting = ("checkpoint-", f"{LAST_CHECKPOINT}/")
+        try:
+            self.files = stage(
+                files, self.folder, lambda name: name.startswith(lasting) or name.endswith(".safetensors")
+            )
+        except OSError:
+            self.discard()
+            raise
+
+    def __call__(self) -> CommitInfo:
+        repo_id = self.trainer.hub_model_id
+        try:
+            commit = push_files(self.files, repo_id, **self.arguments)
+        except (httpx2.HTTPError, OSError) as error:
+            raise self.trainer._push_error(error, repo_id, self.arguments["revision"]) from error
+        finally:
+            self.discard()
+        self.trainer._pushed_checkpoints |= self.checkpoints
+        return commit
+
+    def discard(self):
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
