@@ -175,7 +175,8 @@ def test_the_command(capsys, monkeypatch, contexts):
     for shell in SHELLS:
         assert main(*CompletionParser("trl-flow completion").parse_args_and_config([shell])) == 0
         assert f"{shell} completion of trl-flow" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as caught:
-        CompletionParser("trl-flow completion").parse_args_and_config(["csh"])
-    assert caught.value.code == 2
-    assert "'csh' (choose from" in capsys.readouterr().err
+    for args, message in [(["csh"], "'csh' (choose from"), (["--shell", "bash"], "unknown argument --shell")]:
+        with pytest.raises(SystemExit) as caught:
+            CompletionParser("trl-flow completion").parse_args_and_config(args)
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err

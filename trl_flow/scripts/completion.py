@@ -65,6 +65,9 @@ class CompletionParser(argparse.ArgumentParser):
         self.add_argument("shell", choices=list(SHELLS), help="bash, zsh or fish")
 
     def parse_args_and_config(self, args: list[str]) -> tuple[str]:
+        unknown = [arg for arg in args if arg.startswith("-") and arg not in ("-h", "--help")]
+        if unknown:
+            self.error(f"unknown argument {unknown[0]}: only the name of a shell is expected ({', '.join(SHELLS)})")
         return (self.parse_args(args).shell,)
 
 
