@@ -288,8 +288,8 @@ def _estimate(mean: float, paired: tuple[float, float, int] | None) -> dict[str,
 def _notes(runs: Sequence[Run]) -> list[str]:
     notes = [
         "± is half of the paired 95 % interval: over the same prompts and noise at a run's first and last evaluation, "
-        f"and in both runs for the difference from {runs[0].name}. An arrow marks a change or difference whose interval "
-        "does not contain 0."
+        f"and in both runs for the difference from {runs[0].name}. An arrow marks a change or difference whose "
+        "interval does not contain 0."
     ]
     names = score_names(runs)
     without = {}
