@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusion3Pipeline
+from loopback_hub import LoopbackHub
 from peft import LoraConfig, get_peft_model
 from pipelines import tiny_sd3
 from safetensors.torch import load_file, save_file
@@ -92,3 +93,71 @@ class TestConvert:
     def test_bad_arguments(self, words, message, capsys):
         assert cli.main(["convert", *words]) == 1
         assert message in capsys.readouterr().err
+
+
+# Pushes the run, and pushes it again to a branch.
+SCRIPT = """
+import sys
+from trl_flow.cli import main
+assert main(["push", sys.argv[1], "user/repo", "--private"]) == 0
+assert main(["push", sys.argv[1], "user/repo", "--revision", "second", "--message", "Again"]) == 0
+assert main(["push", sys.argv[1], "user/repo", "--revision", "refs/pr/7"]) == 1
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of one update, as a training command leaves it."""
+    folder = tmp_path_factory.mktemp("publish") / "first"
+    settings = {
+        "num_eval_prompts": 2,
+        "num_inference_steps": 3,
+        "num_eval_inference_steps": 3,
+        "num_generations": 2,
+        "per_device_train_batch_size": 2,
+        "max_steps": 1,
+        "beta": 0.0,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    config = folder.parent / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    assert cli.main(["flow-grpo", "--config", str(config), "--output_dir", str(folder)]) == 0
+    return folder
+
+
+class TestPush:
+    def test_one_commit_of_what_may_be_seen(self, run):
+        with LoopbackHub() as hub:
+            pushed = hub.run(SCRIPT, run)
+            repository = hub.repositories["model", "user/repo"]
+            assert repository.private
+            _, first, *_ = repository.commits  # the first is the repository's own
+            assert f"Pushed: {hub.url}/user/repo/commit/{first.sha}" in pushed.stdout
+            assert "could not be pushed to user/repo: The Hub knows no such" in pushed.stderr
+            files = hub.files("model", "user/repo")
+            assert files == first.files == hub.files("model", "user/repo", "second")
+        expected = {"adapter_model.safetensors", "adapter_config.json", "pytorch_lora_weights.safetensors"}
+        expected |= {"README.md", "config.yaml", "run.json", "trainer_state.json", "curves.png", "before_after.png"}
+        assert expected <= files.keys()
+        assert any(name.startswith("samples/") for name in files) and any(name.startswith("images/") for name in files)
+        assert (run / "checkpoint-1" / "rollout_state_0.pt").is_file() and (run / "training_args.bin").is_file()
+        assert not [name for name in files if name.endswith((".pt", ".pth", ".bin")) or "checkpoint" in name]
+        for name, content in files.items():
+            assert name in (".gitattributes", "README.md") or (run / name).read_bytes() == content
+        card = files["README.md"].decode()
+        assert 'load_lora_weights("user/repo")' in card and "path/to/" not in card
+        assert 'load_lora_weights("path/to/first")' in (run / "README.md").read_text()
+
+    def test_refusals(self, run, tmp_path, capsys):
+        assert cli.main(["push", str(run)]) == 1
+        assert "name the repository" in capsys.readouterr().err
+        assert cli.main(["push", str(tmp_path), "user/repo"]) == 1
+        assert "it holds no run.json" in capsys.readouterr().err
+        (tmp_path / "run.json").write_text("{}")
+        assert cli.main(["push", str(tmp_path), "user/repo"]) == 1
+        assert "holds nothing that was trained yet" in capsys.readouterr().err

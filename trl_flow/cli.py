@@ -41,6 +41,7 @@ COMMANDS = {
         "env": "print versions and hardware, for bug reports",
     },
     "Publish": {
+        "push": "push a finished run to the Hub: adapter, card, pictures, curves, settings",
         "convert": "write an adapter in the layout of PEFT, diffusers or ComfyUI, or merge it",
     },
 }
