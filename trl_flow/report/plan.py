@@ -38,7 +38,7 @@ STYLES = {
     "deterministic": ("─", "deterministic step"),
 }
 NODE, PICTURE, NOISED = "●", "□", "■"
-ASCII = str.maketrans("≈═─●□■│├└×…", "~=-oxX|++x.")
+ASCII = str.maketrans("≈~═─●□■│├└×", "~:=-oxX|++x")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Line:
     def label(self) -> str:
         fans = [f"×{self.count}"] if self.parent is None and self.count > 1 else []
         fans += [f"×{edge.fan} at {edge.start}" for edge in self.edges if edge.fan > 1]
-        pictures = f"{self.pictures} picture" + ("s" if self.pictures > 1 else "")
+        pictures = _count(self.pictures, "picture")
         return f"{', '.join(fans)}: {pictures}" if fans else pictures
 
 
@@ -218,9 +218,13 @@ def plan_summary(plan: Plan) -> str:
     """What one prompt group costs, in a line."""
     transitions = sum(map(len, plan.transitions.values()))
     return (
-        f"{plan.num_evaluations:,} velocity evaluations, {len(plan.leaves):,} pictures, {transitions:,} transitions trained, "
-        f"of {_steps(plan.steps)}"
+        f"{_count(plan.num_evaluations, 'velocity evaluation')}, {_count(len(plan.leaves), 'picture')}, "
+        f"{_count(transitions, 'transition')} trained, of {_steps(plan.steps)}"
     )
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 def _steps(steps: list[int]) -> str:

@@ -196,3 +196,23 @@ class FlowScriptArguments:
             raise ValueError(f"lora_r={self.lora_r}: the rank of the adapter must be at least 1")
         if self.num_eval_prompts is not None and self.num_eval_prompts < 1:
             raise ValueError(f"num_eval_prompts={self.num_eval_prompts}: expected at least 1")
+
+
+@dataclass
+class TrainingScriptArguments(FlowScriptArguments):
+    r"""
+    Arguments of the training commands beside their methods'.
+
+    Args:
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Loads what a run needs but the rewards' models, prints what would be done (the rollout's tree, evaluations,
+            pictures, updates, memory), and stops. Nothing is trained and no file is left.
+    """
+
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Load what a run needs but the rewards' models, print what would be done (the rollout's tree, "
+            "evaluations, pictures, updates, memory), and stop. Nothing is trained and no file is left."
+        },
+    )

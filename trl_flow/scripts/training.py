@@ -29,7 +29,7 @@ import trl_flow
 
 from ..interruption import InterruptionCallback
 from ..rewards.loading import public_reward
-from .arguments import FlowScriptArguments
+from .arguments import FlowScriptArguments, TrainingScriptArguments
 from .methods import METHODS
 from .parser import FlowParser
 from .quiet import quieten
@@ -38,6 +38,7 @@ from .quiet import quieten
 TRAINING_SETTINGS = {
     "Training": [
         "output_dir",
+        "dry_run",
         "learning_rate",
         "max_steps",
         "num_train_epochs",
@@ -73,6 +74,7 @@ TRAINING_SETTINGS = {
 
 # Settings that say how a run was started, not what it is, and deprecated twins of others.
 NOT_PART_OF_A_RUN = {
+    "dry_run",
     "resume_from_checkpoint",
     "local_rank",
     "ddp_backend",
@@ -94,7 +96,7 @@ def make_training_parser(command: str) -> FlowParser:
     general = {name for names in TRAINING_SETTINGS.values() for name in names}
     method = [name for name in own_fields(config_class) if name not in general]
     return FlowParser(
-        dataclass_types=(FlowScriptArguments, config_class),
+        dataclass_types=(TrainingScriptArguments, config_class),
         help_groups={**FlowScriptArguments.HELP_GROUPS, "Method": method, **TRAINING_SETTINGS},
         launches=True,
         prog=f"trl-flow {command}",
@@ -180,14 +182,14 @@ def default_rewards(script_args: FlowScriptArguments) -> list[str]:
     )
 
 
-def run_training(command: str, script_args: FlowScriptArguments, training_args: Any) -> None:
+def run_training(command: str, script_args: TrainingScriptArguments, training_args: Any) -> None:
     """
-    Train, save, report.
+    Train, save, report; or, of a dry run, tell what would be done.
 
     Args:
         command (`str`):
             Name in [`METHODS`].
-        script_args ([`FlowScriptArguments`]):
+        script_args ([`TrainingScriptArguments`]):
             Model, adapter, rewards and prompts.
         training_args ([`FlowGRPOConfig`]):
             Config of the method.
@@ -205,6 +207,11 @@ def run_training(command: str, script_args: FlowScriptArguments, training_args: 
 
         check_output_dir(training_args.output_dir)
     script_args.reward_funcs = default_rewards(script_args)
+    if script_args.dry_run:
+        from .dry_run import dry_run
+
+        dry_run(getattr(trl_flow, METHODS[command].trainer), script_args, training_args)
+        return
     config = resolved_config(script_args, training_args)
 
     trainer = make_trainer(getattr(trl_flow, METHODS[command].trainer), script_args, training_args)

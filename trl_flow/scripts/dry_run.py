@@ -1,0 +1,311 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a training command would do, without doing it."""
+
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..report.plan import ASCII, PlanPicture, plan_text
+from .arguments import TrainingScriptArguments
+
+
+def dry_run(trainer_class: type, script_args: TrainingScriptArguments, training_args: Any) -> None:
+    """
+    Loads what a run needs but the rewards' models, and prints what it would do. Trains nothing and leaves no files.
+
+    Where the model, the prompts or a reward cannot be loaded, the plan is printed all the same, which needs the settings
+    alone, before the error is raised.
+
+    Args:
+        trainer_class (`type`):
+            Trainer of the method.
+        script_args ([`TrainingScriptArguments`]):
+            Model, adapter, rewards and prompts.
+        training_args ([`FlowGRPOConfig`]):
+            Config of the method.
+    """
+    from .training import make_trainer
+
+    console = Console(soft_wrap=True, highlight=False)
+    leader = training_args.process_index == 0
+    output_dir, training_args.output_dir = training_args.output_dir, ""
+    # A trainer makes its directory, and asks the Hub for its repository, as soon as it is there.
+    training_args.push_to_hub = False
+    with tempfile.TemporaryDirectory() as directory:
+        training_args.output_dir = directory
+        try:
+            trainer = make_trainer(trainer_class, script_args, training_args)
+        except (OSError, ValueError, ImportError):
+            # Of settings that make no plan, the error says enough.
+            with suppress(ValueError):
+                picture = plan_of_settings(trainer_class, training_args)
+                if leader:
+                    console.print(f"{trainer_class._name}: the plan, which is all that can be told.\n")
+                    print_plan(picture, console)
+                    console.print()
+            raise
+        if leader:
+            print_run(trainer, script_args, output_dir, console)
+        trainer.end()
+
+
+def plan_of_settings(trainer_class: type, training_args: Any) -> PlanPicture:
+    """The tree that the settings alone make: the grid is the pipeline's, of which only the number of steps is known."""
+    trainer = object.__new__(trainer_class)
+    trainer._given_args = trainer.args = training_args
+    given = training_args.sde_steps
+    trainer.sde_steps = trainer.default_sde_steps() if given is None else sorted(given)
+    trainer.check_args()
+    trainer.sigmas = torch.linspace(1, 0, training_args.num_inference_steps + 1)
+    trainer._step = 0
+    return PlanPicture(trainer.plan(trainer.rollout_steps()))
+
+
+@dataclass
+class Work:
+    """
+    What sampling and training take.
+
+    Attributes:
+        evaluations (`int`): Velocities of the rollout, after guidance.
+        pictures (`int`): Pictures (or videos) that are decoded.
+        scores (`int`): Scores of them, of all rewards that are trained on.
+        rows (`int`): Velocities that are trained, in all passes: at most, as groups without a difference are left out.
+        references (`int`): Velocities of the reference model, for the divergence.
+        replays (`int`): Velocities of the sampling policy, for the ratios of updates that are not the first of a rollout.
+    """
+
+    evaluations: int = 0
+    pictures: int = 0
+    scores: int = 0
+    rows: int = 0
+    references: int = 0
+    replays: int = 0
+
+    def times(self, factor: int) -> "Work":
+        return Work(*(factor * value for value in vars(self).values()))
+
+    def plus(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+def group_work(trainer, sde_steps: list[int]) -> Work:
+    """What one prompt group takes, with these steps stochastic."""
+    args, plan = trainer.args, trainer.plan(sde_steps)
+    edges = [plan.transitions[step] for step in plan.steps]
+    shape = (1, len(edges), len(edges[0]))
+    # Which transitions are trained may depend on their advantages, but how many does not, if no two are equal.
+    advantages = torch.linspace(-1, 1, shape[1] * shape[2]).reshape(shape)
+    trained = trainer.trained(advantages, torch.ones(shape, dtype=torch.bool), ["dry run"])[0]
+    parents = torch.tensor([[edge.parent for edge in group] for group in edges])
+    # Siblings share their parent's velocity.
+    rows = sum(len(parents[s][trained[s]].unique()) for s in range(len(edges)))
+    return Work(
+        evaluations=plan.num_evaluations,
+        pictures=len(plan.leaves),
+        scores=len(plan.leaves) * len(trainer.reward_funcs),
+        rows=rows * args.num_iterations,
+        references=rows * args.num_iterations if args.beta > 0 else 0,
+    )
+
+
+def rollout_work(trainer, sde_steps: list[int]) -> Work:
+    """What one rollout takes, and the updates that it feeds."""
+    args = trainer.args
+    work = group_work(trainer, sde_steps).times(groups_per_rollout(trainer))
+    micro_steps = args.steps_per_generation * trainer.updates_per_pass
+    replayed = sum(not trainer.on_policy(number) for number in range(micro_steps))
+    return replace(work, replays=work.rows // args.num_iterations * replayed // micro_steps)
+
+
+def groups_per_rollout(trainer) -> int:
+    """Prompt groups of a rollout, on all processes."""
+    args = trainer.args
+    return args.per_device_train_batch_size * args.steps_per_generation * args.world_size
+
+
+def updates_per_rollout(trainer) -> int:
+    args = trainer.args
+    return (
+        args.num_iterations * args.steps_per_generation * trainer.updates_per_pass // args.gradient_accumulation_steps
+    )
+
+
+def num_updates(trainer) -> int:
+    """Updates of the whole run."""
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+
+
+def run_work(trainer) -> Work:
+    """What all rollouts of a run take, as their stochastic steps move; those of a last, partial rollout in full."""
+    rollouts = -(-num_updates(trainer) // updates_per_rollout(trainer))
+    micro_steps = updates_per_rollout(trainer) * trainer.args.gradient_accumulation_steps
+    total, known = Work(), {}
+    begun = trainer._step
+    for rollout in range(rollouts):
+        trainer._step = rollout * micro_steps
+        steps = trainer.rollout_steps()
+        if tuple(steps) not in known:
+            known[tuple(steps)] = rollout_work(trainer, steps)
+        total = total.plus(known[tuple(steps)])
+    trainer._step = begun
+    return total
+
+
+def print_plan(picture: PlanPicture, console: Console) -> None:
+    """The tree, in the terminal's width, with what is trained in a colour of its own."""
+    drawing = plan_text(picture.plan, picture.sigmas, min(console.width, 120))
+    if console.options.ascii_only:
+        drawing = drawing.translate(ASCII)
+    text = Text(drawing)
+    text.highlight_regex(r"≈+", "bold yellow")
+    text.highlight_regex(r"[─═│├└]+", "blue")
+    console.print(text)
+
+
+def print_run(trainer, script_args: TrainingScriptArguments, output_dir: str, console: Console) -> None:
+    """What a run is made of, the tree of its first rollout, and what it takes."""
+    updates = num_updates(trainer)
+    steps = trainer.rollout_steps()
+    group, rollout, run = group_work(trainer, steps), rollout_work(trainer, steps), run_work(trainer)
+    moves = run != rollout.times(-(-updates // updates_per_rollout(trainer)))
+
+    console.print(f"{trainer._name}, a dry run: nothing is trained, and no file is left.\n")
+    print_table(run_facts(trainer, script_args, output_dir), console)
+    console.print(f"\nRollout of one prompt group{' (the first; the window moves)' if moves else ''}:\n")
+    print_plan(trainer.draw_plan(), console)
+    console.print()
+
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    table.add_column("")
+    for title in ("per prompt", "per rollout", "in the whole run"):
+        table.add_column(title, justify="right")
+    labels = {
+        "evaluations": "Velocity evaluations (NFE)",
+        "pictures": "Videos decoded" if trainer.policy.num_frames else "Pictures decoded",
+        "scores": "Scores of rewards",
+        "rows": "Training rows, at most",
+        "references": "and of the reference",
+        "replays": "Rows of the sampling policy",
+    }
+    columns = [group.times(trainer.groups_per_prompt), rollout, run]
+    for name, label in labels.items():
+        if getattr(run, name):
+            table.add_row(label, *(f"{getattr(work, name):,}" if getattr(work, name) else "" for work in columns))
+    console.print(table)
+    console.print()
+    print_table(update_facts(trainer, updates), console)
+
+
+def print_table(facts: list[tuple[str, str]], console: Console) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False, show_edge=False)
+    table.add_column("", style="bold", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for name, text in facts:
+        table.add_row(name, Text(text))
+    console.print(table, soft_wrap=False)
+
+
+def run_facts(trainer, script_args: TrainingScriptArguments, output_dir: str) -> list[tuple[str, str]]:
+    """Model, adapter, prompts, rewards and directory."""
+    args, policy = trainer.args, trainer.policy
+    record = "no record, found by inspection" if policy.family.inferred else f"record {policy.family.name!r}"
+    height, width = policy.image_size
+    size = f"{width} x {height}" + (f", {policy.num_frames} frames" if policy.num_frames else "")
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in policy.parameters())
+    test = "no held-out prompts" if trainer.eval_dataset is None else f"{len(trainer.eval_dataset):,} held out"
+    facts = [
+        ("Model", f"{script_args.model_name_or_path}: {type(policy.pipeline).__name__}, {record}"),
+        (
+            "Pictures",
+            f"{size}, guidance_scale {policy.guidance_scale:g}, latents {' x '.join(map(str, policy.latent_shape))}",
+        ),
+        ("Trained", f"{trained:,} of {total:,} weights of {', '.join(policy.components)}"),
+        (
+            "Prompts",
+            f"{len(trainer.train_dataset):,} to train on, {test}; such as {trainer.train_dataset[0]['prompt']!r}",
+        ),
+        ("Rewards", ", ".join(_weighted(trainer))),
+    ]
+    if trainer.eval_reward_names:
+        facts.append(("Watched", ", ".join(trainer.eval_reward_names)))
+    levels = [trainer.noise_levels[step] for step in trainer.sde_steps]
+    if any(levels):
+        noise = f"{levels[0]:g}" if len(set(levels)) == 1 else ", ".join(f"{level:.3g}" for level in levels)
+        facts.append(("Noise", f"{args.sde_type}, level {noise}"))
+    return [*facts, ("Goes to", output_dir)]
+
+
+def _weighted(trainer) -> list[str]:
+    weights = trainer.reward_weights.tolist()
+    if set(weights) == {1.0}:
+        return trainer.reward_names
+    return [f"{weight:g} x {name}" for weight, name in zip(weights, trainer.reward_names, strict=True)]
+
+
+def update_facts(trainer, updates: int) -> list[tuple[str, str]]:
+    """Updates, evaluations, and memory as the doctor estimates it."""
+    from ..policy.doctor import Diagnosis, Untrainable, examine_policy
+
+    args = trainer.args
+    groups, each = groups_per_rollout(trainer), updates_per_rollout(trainer)
+    prompts = groups // trainer.groups_per_prompt
+    seeds = f", {trainer.groups_per_prompt} groups each" if trainer.groups_per_prompt > 1 else ""
+    processes = f" on {args.world_size} processes" if args.world_size > 1 else ""
+    facts = [
+        (
+            "Rollout",
+            f"{prompts:,} prompt{'s' if prompts > 1 else ''}{seeds}{processes}; {each} update{'s' if each > 1 else ''}",
+        ),
+        ("Run", f"{updates:,} updates from {-(-updates // each):,} rollouts"),
+    ]
+    if trainer.eval_dataset is not None:
+        steps = args.num_eval_inference_steps
+        facts.append(
+            (
+                "Evaluation",
+                f"{len(trainer.eval_dataset):,} pictures of {steps} steps: {len(trainer.eval_dataset) * steps:,} evaluations more each time",
+            )
+        )
+    trainer.policy.pipeline.set_progress_bar_config(disable=True)
+    diagnosis = Diagnosis(type(trainer.policy.pipeline).__name__)
+    try:
+        examine_policy(
+            trainer.policy,
+            diagnosis,
+            transition_batch_size=args.transition_batch_size,
+            image=trainer.train_dataset[0].get("image"),
+        )
+    except Untrainable as problem:
+        facts.append(("Warning", f"trl-flow doctor says that it does not train: {problem}"))
+    if diagnosis.memory:
+        parts = ", ".join(f"{part} {size:.2g}" for part, size in diagnosis.memory.items())
+        checkpointing = " without gradient checkpointing" if args.activation_checkpointing else ""
+        facts.append(
+            (
+                "Memory",
+                f"about {sum(diagnosis.memory.values()):.2g} GiB a process{checkpointing} ({parts}; "
+                f"{args.transition_batch_size} rows at a time), and what the rewards' models take",
+            )
+        )
+    return facts + [("Warning", warning) for warning in diagnosis.warnings]
