@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -131,9 +132,10 @@ def run(tmp_path_factory):
 
 
 class TestPush:
-    def test_one_commit_of_what_may_be_seen(self, run):
+    def test_one_commit_of_what_may_be_seen(self, run, tmp_path):
         with LoopbackHub() as hub:
-            pushed = hub.run(SCRIPT, run)
+            moved = shutil.copytree(run, tmp_path / "moved")
+            pushed = hub.run(SCRIPT, moved)
             repository = hub.repositories["model", "user/repo"]
             assert repository.private
             _, first, *_ = repository.commits  # the first is the repository's own

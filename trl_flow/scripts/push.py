@@ -16,6 +16,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -96,7 +97,8 @@ def run_card(folder: Path, repo_id: str) -> str:
     card = folder / "README.md"
     if not card.is_file():
         raise ValueError(f"run={folder} has no model card (README.md).")
-    return card.read_text("utf-8").replace(json.dumps(f"path/to/{folder.resolve().name}"), json.dumps(repo_id))
+    # Whatever the directory was called when the card was written.
+    return re.sub(r'"path/to/[^"\n]+"', json.dumps(repo_id), card.read_text("utf-8"))
 
 
 def push(args: PushArguments) -> str:
