@@ -313,10 +313,10 @@ class TestFaults:
         assert "Everything is saved in refused." in error
         hub.fault = lambda method, path: None
         words = shlex.split(error.partition("To push it later: ")[2])
-        assert words[0] == "hf" and "--private" in words
-        hub.run("from huggingface_hub.cli.hf import main; main()", *words[1:], cwd=folder)
+        assert words[:2] == ["trl-flow", "push"] and "--private" in words
+        hub.run("import sys; from trl_flow.cli import main; sys.exit(main(sys.argv[1:]))", *words[1:], cwd=folder)
         files = hub.files("model", "user/refused")
-        assert set(files) >= RESULT and not below(files, "checkpoint-1")
+        assert set(files) >= RESULT and hub.repositories["model", "user/refused"].private
 
     def test_no_repository_no_training(self, pushed):
         _, found, folder, _ = pushed
@@ -329,7 +329,7 @@ class TestFaults:
         assert len(hub.repositories["model", "user/shapes"].commits) == 1
         said = found["command"]["said"]
         assert found["command"]["code"] == 1
-        assert "shapes could not be pushed to user/shapes" in said and "hf upload user/shapes shapes" in said
+        assert "shapes could not be pushed to user/shapes" in said and "trl-flow push shapes user/shapes" in said
         assert "Traceback" not in said
         names = {path.name for path in (folder / "shapes").iterdir()}
         assert names >= ADAPTER | {"README.md", "config.yaml", "report.html", "run.json"}

@@ -185,7 +185,7 @@ def explain(error: Exception) -> str:
 
 def push_command(folder: str | Path, repo_id: str, revision: str | None = None, private: bool | None = None) -> str:
     """The command line that pushes a run's directory."""
-    words = ["hf", "upload", repo_id, str(folder), ".", "--exclude", "checkpoint-*", "--exclude", "_*"]
+    words = ["trl-flow", "push", str(folder), repo_id]
     words += ["--private"] if private else []
     words += ["--revision", revision] if revision is not None else []
     return shlex.join(words)
