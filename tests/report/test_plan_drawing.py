@@ -101,7 +101,7 @@ def test_chain_that_branches():
         "         ●───────●≈≈≈≈≈≈≈●───────●───────□  ×3 at 1: 3 pictures",
         "nodes    1       1       3       3       3",
         "≈ stochastic step, trained  ─ deterministic step  □ picture, decoded and scored",
-        "8 velocity evaluations, 3 pictures, 3 transitions trained, of step 1",
+        "8 velocity evaluations, 3 pictures, 3 transitions credited, of step 1",
     ]
 
 
@@ -137,7 +137,7 @@ def test_picture(tmp_path):
     lines = plan_lines(plan)
     texts = [text.get_text() for text in picture.figure().axes[0].texts]
     assert [text for text in texts if text in {line.label for line in lines}] == [line.label for line in lines]
-    assert "1,700 velocity evaluations, 288 pictures, 96 transitions trained, of steps 0 to 7" in texts
+    assert "1,700 velocity evaluations, 288 pictures, 96 transitions credited, of steps 0 to 7" in texts
 
     assert picture.save(tmp_path / "plans" / "plan.svg").read_text().startswith("<svg")
     with Image.open(picture.save(tmp_path / "plan.png")) as image:

@@ -168,7 +168,7 @@ def plan_text(plan: Plan, sigmas: Sequence[float] | None = None, width: int = 10
              └≈≈≈≈≈≈●──────●──────●──────□  ×6 at 0: 6 pictures
     nodes    1      7     12     12     12
     ≈ stochastic step, trained  ─ deterministic step  □ picture, decoded and scored
-    32 velocity evaluations, 12 pictures, 12 transitions trained, of steps 0 and 1
+    32 velocity evaluations, 12 pictures, 12 transitions credited, of steps 0 and 1
     ```
     """
     lines = plan_lines(plan)
@@ -219,7 +219,7 @@ def plan_summary(plan: Plan) -> str:
     transitions = sum(map(len, plan.transitions.values()))
     return (
         f"{_count(plan.num_evaluations, 'velocity evaluation')}, {_count(len(plan.leaves), 'picture')}, "
-        f"{_count(transitions, 'transition')} trained, of {_steps(plan.steps)}"
+        f"{_count(transitions, 'transition')} credited, of {_steps(plan.steps)}"
     )
 
 
