@@ -227,10 +227,13 @@ def run_training(command: str, script_args: TrainingScriptArguments, training_ar
         print_scores(trainer)
         print(f"\nReport:  {Path(training_args.output_dir, 'report.html')}")
         print(f"Pictures with the new adapter:\n  {generate_command(trainer, script_args)}")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}")
-    trainer.end()
+    try:
+        if training_args.push_to_hub:
+            trainer.push_to_hub(dataset_name=script_args.dataset_name)
+            trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}")
+    finally:
+        # A push that fails is the run's last word, and no reason to leave trackers and processes open.
+        trainer.end()
 
 
 def resume_command(command: str, training_args: Any) -> str:
