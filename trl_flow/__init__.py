@@ -42,6 +42,7 @@ _MODULES = {
     "FlowPolicy": "policy",
     "G2RPOConfig": "trainer.g2rpo_config",
     "G2RPOTrainer": "trainer.g2rpo_trainer",
+    "InterruptionCallback": "interruption",
     "load_reward": "rewards",
     "MixGRPOConfig": "trainer.mix_grpo_config",
     "MixGRPOTrainer": "trainer.mix_grpo_trainer",
@@ -77,6 +78,7 @@ def __dir__():
 if TYPE_CHECKING:
     from .calibration import calibrate_noise
     from .callbacks import RewardHackingCallback
+    from .interruption import InterruptionCallback
     from .policy import FlowPolicy
     from .rewards import load_reward
     from .trainer.awm_config import AWMConfig

@@ -38,6 +38,8 @@ COMMANDS = {
     "Look": {
         "generate": "make a picture grid with a model, with or without an adapter",
         "evaluate": "score a model with and without an adapter: table, pictures, intervals",
+        "report": "write a run's report again, or compare several runs on one page",
+        "completion": "print a script that completes commands and settings in bash, zsh or fish",
         "env": "print versions and hardware, for bug reports",
     },
     "Publish": {

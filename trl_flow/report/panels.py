@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
@@ -206,7 +207,7 @@ def render_svg(panel: Panel) -> str:
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     slug = re.sub(r"\W+", "-", panel.title.lower()).strip("-")
     svg = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{slug}-", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{panel.title}"', 1).strip()
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(panel.title)}"', 1).strip()
 
 
 def save_png(panels: Sequence[Panel], path: Path, columns: int = 2) -> None:
