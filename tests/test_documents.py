@@ -48,7 +48,7 @@ def commands() -> list:
     found = []
     for block in blocks("bash"):
         for line in block.values[0].replace("\\\n", " ").splitlines():
-            words = [word for word in shlex.split(line, comments=True) if word != "..."]
+            words = [word for word in shlex.split(line.partition(" > ")[0], comments=True) if word != "..."]
             if words[:1] == ["trl-flow"]:
                 found.append(pytest.param(words[1:], id=f"{block.id} {' '.join(words[:3])}"))
     return found
@@ -68,7 +68,9 @@ def test_commands_parse(words, monkeypatch):
     command, *arguments = words
     assert command in KNOWN
     if command in METHODS:
-        # Where nothing is read and nothing can be written.
+        if "--config" in arguments and not os.path.exists(path := arguments[arguments.index("--config") + 1]):
+            # A run's own, which is made of the same settings.
+            arguments[arguments.index(path)] = f"examples/shapes/{command}.yaml"
         make_training_parser(command).parse_args_and_config([*arguments, "--use_cpu", "--bf16", "false"])
     else:
         module = importlib.import_module(f"trl_flow.scripts.{command.replace('-', '_')}")
