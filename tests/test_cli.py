@@ -42,6 +42,7 @@ from trl_flow.scripts.parser import FlowParser
 from trl_flow.scripts.training import (
     default_rewards,
     held_out_scores,
+    make_trainer,
     make_training_parser,
     own_fields,
     paired_intervals,
@@ -428,6 +429,28 @@ class TestTrainingCommand:
         parser = make_training_parser("flow-grpo")
         _, again = parser.parse_args_and_config(["--config", str(write_config(config, "flow-grpo"))])
         assert again.ema_decay is None
+
+    def test_held_out_prompts_from_elsewhere(self, tmp_path):
+        """With the columns of the prompts to train on, unless they are a set that has a name."""
+        (tmp_path / "test.jsonl").write_text('{"caption": "a red circle", "style": "plain", "votes": 3}\n')
+
+        class Trainer:
+            def __init__(self, eval_dataset, **kwargs):
+                self.eval_dataset = eval_dataset
+
+        def held_out(*words):
+            line = ["--output_dir", str(tmp_path), "--use_cpu", "--dataset_name", str(tmp_path / "test.jsonl")]
+            line += ["--dataset_columns", "caption=prompt", "style", "--dataset_test_split", "train", *words]
+            script_args, training_args = make_training_parser("flow-grpo").parse_args_and_config(line)
+            script_args.reward_funcs = ["shapes"]
+            return make_trainer(Trainer, script_args, training_args).eval_dataset
+
+        evaluated = ["--eval_strategy", "steps", "--eval_steps", "1"]
+        for name in ([], ["--eval_dataset_name", str(tmp_path / "test.jsonl")]):
+            assert held_out(*evaluated, *name).column_names == ["prompt", "style"]
+        assert "tag" in held_out(*evaluated, "--eval_dataset_name", "shapes").column_names
+        with pytest.raises(ValueError, match="eval_dataset_name='shapes' has no effect with eval_strategy='no'"):
+            held_out("--eval_dataset_name", "shapes")
 
     def test_rewards_with_settings(self, tmp_path):
         """In YAML as a mapping, on the command line as JSON; keys and tokens are not written down."""

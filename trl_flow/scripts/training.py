@@ -279,11 +279,12 @@ def make_trainer(trainer_class: type, script_args: FlowScriptArguments, training
     if training_args.eval_strategy != "no":
         number = script_args.num_eval_prompts
         if script_args.eval_dataset_name is not None:
-            from ..prompts import load_prompts
+            from ..prompts import PROMPT_SETS, load_prompts, parse_columns
 
-            eval_dataset = load_prompts(
-                script_args.eval_dataset_name, script_args.dataset_test_split, num_prompts=number
-            )
+            name = script_args.eval_dataset_name
+            # A set that has a name has columns of its own.
+            columns = None if name in PROMPT_SETS else parse_columns(script_args.dataset_columns)
+            eval_dataset = load_prompts(name, script_args.dataset_test_split, num_prompts=number, columns=columns)
         else:
             eval_dataset = load_script_prompts(script_args, script_args.dataset_test_split, consent, number)
     training_args.model_init_kwargs = model_init_kwargs(script_args, training_args)
