@@ -226,3 +226,10 @@ def test_the_card_is_ours(make_trainer):
     trainer.save_model()
     card = (make_trainer.directory / "run" / "README.md").read_text()
     assert "Flow-GRPO" in card and "2505.05470" in card and "load_lora_weights" in card
+
+
+def test_a_run_that_is_done_is_not_gone_on_with(make_trainer):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(**settings).train()
+    with pytest.raises(ValueError, match="has done 2 updates: with max_steps=2 there is nothing left to do"):
+        make_trainer(**settings).train(resume_from_checkpoint=True)

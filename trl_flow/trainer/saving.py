@@ -28,6 +28,8 @@ from pathlib import Path
 import httpx2
 import torch
 from huggingface_hub import CommitInfo, create_repo
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
@@ -92,6 +94,14 @@ class SavingMixin:
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint} is a checkpoint of {method}, but this trainer is "
                 f"{self._name}. Resume it with its own trainer."
+            )
+
+        done = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
+        if 0 < self.args.max_steps <= done:
+            # Trainer's loop would make one more before it looks.
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint} has done {done} updates: with max_steps={self.args.max_steps} there is "
+                "nothing left to do. Raise max_steps to go on."
             )
 
     def check_reward_sources(self, checkpoint: str):
