@@ -156,9 +156,9 @@ def test_what_is_printed_is_what_is_counted(tmp_path, capsys):
     assert any(row.endswith("×3: 3 pictures") for row in rows) and sum("└" in row for row in rows) == 3
     assert any(row.startswith("Memory about") for row in rows)
     # A notebook shows the same tree.
-    drawing = str(trainer.draw_plan()).splitlines()
+    drawing = str(trainer.plan()).splitlines()
     assert [row for row in drawing if "□  " in row][0].split("  ")[-1] == "×3: 3 pictures"
-    assert trainer.draw_plan()._repr_svg_().startswith("<svg")
+    assert trainer.plan()._repr_svg_().startswith("<svg")
 
 
 def dry_run(command, directory, *args):

@@ -644,7 +644,7 @@ def test_temp_flow_grpo(make_trainer):
     assert part["prompts"][0] == part["prompts"][1] != part["prompts"][2] == part["prompts"][3]
     scores = first_reward(rollout).reshape(4, 3 * 4)
     leaves = torch.cat(rollout.leaves).unflatten(0, (4, 12))
-    plan = trainer.plan(trainer.sde_steps)
+    plan = trainer.rollout_plan(trainer.sde_steps)
     starts = []
     for b, prompt in enumerate(part["prompts"]):
         x = part["nodes"][b, part["parents"][0, 0]]
@@ -708,7 +708,7 @@ def test_turning_points(make_trainer, settings):
     )
     (rollout,) = record(trainer)
     (part,) = rollout.inputs
-    plan = trainer.plan(trainer.sde_steps)
+    plan = trainer.rollout_plan(trainer.sde_steps)
     leaves = torch.cat(rollout.leaves).unflatten(0, (2, len(plan.leaves)))
     scores = first_reward(rollout).reshape(2, len(plan.leaves))
     tails = []
@@ -754,7 +754,7 @@ def test_turning_points_are_not_counted_where_a_score_is_missing(make_trainer):
 
     trainer = make_trainer(*TURNING, reward_funcs=some, balance_turning_points=False, num_generations=4)
     (rollout,) = record(trainer)
-    plan = trainer.plan(trainer.sde_steps)
+    plan = trainer.rollout_plan(trainer.sde_steps)
     scores = first_reward(rollout)
     assert np.isnan(scores).any()
     tails = [

@@ -18,7 +18,16 @@ from .calibration import plot_calibration
 from .grid import image_grid
 from .history import RunHistory, load_history
 from .page import write_report
+from .plan import PlanPicture
 from .progress import ProgressLine
 
 
-__all__ = ["ProgressLine", "RunHistory", "image_grid", "load_history", "plot_calibration", "write_report"]
+__all__ = [
+    "PlanPicture",
+    "ProgressLine",
+    "RunHistory",
+    "image_grid",
+    "load_history",
+    "plot_calibration",
+    "write_report",
+]

@@ -261,9 +261,9 @@ class PlanPicture:
     Example:
 
     ```python
-    >>> trainer.draw_plan()  # in a notebook
-    >>> print(trainer.draw_plan())
-    >>> trainer.draw_plan().save("plan.svg")
+    >>> trainer.plan()  # in a notebook
+    >>> print(trainer.plan())
+    >>> trainer.plan().save("plan.svg")
     ```
     """
 

@@ -77,7 +77,7 @@ def plan_of_settings(trainer_class: type, training_args: Any) -> PlanPicture:
     trainer.check_args()
     trainer.sigmas = torch.linspace(1, 0, training_args.num_inference_steps + 1)
     trainer._step = 0
-    return PlanPicture(trainer.plan(trainer.rollout_steps()))
+    return PlanPicture(trainer.rollout_plan(trainer.rollout_steps()))
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Work:
 
 def group_work(trainer, sde_steps: list[int]) -> Work:
     """What one prompt group takes, with these steps stochastic."""
-    args, plan = trainer.args, trainer.plan(sde_steps)
+    args, plan = trainer.args, trainer.rollout_plan(sde_steps)
     edges = [plan.transitions[step] for step in plan.steps]
     shape = (1, len(edges), len(edges[0]))
     # Which transitions are trained may depend on their advantages, but how many does not, if no two are equal.
@@ -192,7 +192,7 @@ def print_run(trainer, script_args: TrainingScriptArguments, output_dir: str, co
     console.print(f"{trainer._name}, a dry run: nothing is trained, and no file is left.\n")
     print_table(run_facts(trainer, script_args, output_dir), console)
     console.print(f"\nRollout of one prompt group{' (the first; the window moves)' if moves else ''}:\n")
-    print_plan(trainer.draw_plan(), console)
+    print_plan(trainer.plan(), console)
     console.print()
 
     table = Table(box=None, pad_edge=False, show_edge=False)

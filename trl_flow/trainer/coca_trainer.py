@@ -50,8 +50,8 @@ class CoCATrainer(FlowGRPOTrainer):
             }"""),
     }
 
-    def plan(self, sde_steps):
-        plan = super().plan(sde_steps)
+    def rollout_plan(self, sde_steps):
+        plan = super().rollout_plan(sde_steps)
         plan.observed = [plan.path(leaf) for leaf in plan.leaves]
         return plan
 

@@ -61,7 +61,7 @@ class DenseGRPOTrainer(FlowGRPOTrainer):
             }"""),
     }
 
-    def plan(self, sde_steps) -> Plan:
+    def rollout_plan(self, sde_steps) -> Plan:
         return dense_plan(
             self.args.num_inference_steps,
             self.num_generations,

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Flow-GRPO, and the training loop of every method: a method overrides `plan()`, `credit()` and little else."""
+"""Flow-GRPO, and the training loop of every method: a method overrides `rollout_plan()`, `credit()` and little else."""
 
 import copy
 import math
@@ -364,14 +364,14 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         """The grid of the next rollout. Until after the last of its stochastic steps it is `self.sigmas`."""
         return self.sigmas
 
-    def plan(self, sde_steps: list[int]) -> Plan:
+    def rollout_plan(self, sde_steps: list[int]) -> Plan:
         """The rollout tree of one prompt group."""
         return chain_plan(self.args.num_inference_steps, self.num_generations, sde_steps, self.args.same_initial_noise)
 
-    def draw_plan(self) -> PlanPicture:
+    def plan(self) -> PlanPicture:
         """The tree of the next rollout, for a notebook to show, to print as text, or to [`~PlanPicture.save`]."""
         sde_steps = self.rollout_steps()
-        return PlanPicture(self.plan(sde_steps), self.rollout_sigmas(sde_steps).tolist(), self._name)
+        return PlanPicture(self.rollout_plan(sde_steps), self.rollout_sigmas(sde_steps).tolist(), self._name)
 
     def observe(self, rollout: Rollout) -> torch.Tensor | None:
         """What credit needs to know of the latents of b prompts, as one tensor `(b, ...)`; `None` for nothing."""

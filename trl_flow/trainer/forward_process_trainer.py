@@ -39,7 +39,7 @@ class ForwardProcessTrainer(FlowGRPOTrainer):
     def default_sde_steps(self):
         return list(range(self.args.num_inference_steps))
 
-    def plan(self, sde_steps):
+    def rollout_plan(self, sde_steps):
         return forward_plan(self.args.num_inference_steps, self.num_generations, sde_steps)
 
     def trained(self, advantages, mask, keys):

@@ -60,7 +60,7 @@ class G2RPOTrainer(FlowGRPOTrainer):
         super().check_args()
         self.check_shared_noise(G2RPOConfig)
 
-    def plan(self, sde_steps) -> Plan:
+    def rollout_plan(self, sde_steps) -> Plan:
         return branch_plan(self.args.num_inference_steps, self.num_generations, sde_steps, self.args.granularities)
 
     @property

@@ -61,7 +61,7 @@ class MixGRPOTrainer(FlowGRPOFastTrainer):
         tail = np.interp(index, np.arange(len(self.sigmas)), self.sigmas.double().numpy())
         return torch.cat([self.sigmas[: after + 1], torch.tensor(tail[1:], dtype=self.sigmas.dtype)])
 
-    def plan(self, sde_steps):
+    def rollout_plan(self, sde_steps):
         return chain_plan(
             len(self.rollout_sigmas(sde_steps)) - 1,
             self.num_generations,

@@ -56,7 +56,7 @@ class RolloutMixin:
     def _generate_and_score(self, rows: list[dict]) -> list[dict]:
         """Samples, scores and credits one rollout batch. Returns the micro-batches that it feeds, in training order."""
         args, sde_steps = self.args, self.rollout_steps()
-        plan, sigmas = self.plan(sde_steps), self.rollout_sigmas(sde_steps)
+        plan, sigmas = self.rollout_plan(sde_steps), self.rollout_sigmas(sde_steps)
         # Steps beyond the trainer's own grid are not stochastic.
         noise_levels = (self.noise_levels + [0.0] * plan.num_steps)[: plan.num_steps]
         prompts, images = [row["prompt"] for row in rows], self.images(rows)

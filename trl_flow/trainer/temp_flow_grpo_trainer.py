@@ -52,7 +52,7 @@ class TempFlowGRPOTrainer(FlowGRPOTrainer):
         super().check_args()
         self.check_shared_noise(TempFlowGRPOConfig)
 
-    def plan(self, sde_steps):
+    def rollout_plan(self, sde_steps):
         return branch_plan(self.args.num_inference_steps, self.num_generations, sde_steps)
 
     @property

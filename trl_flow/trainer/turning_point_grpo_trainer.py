@@ -50,7 +50,7 @@ class TurningPointGRPOTrainer(FlowGRPOTrainer):
             }"""),
     }
 
-    def plan(self, sde_steps):
+    def rollout_plan(self, sde_steps):
         args = self.args
         return dense_plan(
             args.num_inference_steps, self.num_generations, sde_steps, same_initial_noise=args.same_initial_noise
