@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer
+from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
@@ -244,6 +244,27 @@ def clip_processor(side: int) -> CLIPProcessor:
     tokenizer = CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+def save_clip(directory, seed: int = 0) -> str:
+    """A tiny `CLIPModel` for pictures of 28 pixels, and its processor."""
+    tower = {"intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+    config = CLIPConfig(
+        text_config={
+            **tower,
+            "vocab_size": 514,
+            "max_position_embeddings": 20,
+            "bos_token_id": 512,
+            "eos_token_id": 513,
+        },
+        vision_config={**tower, "image_size": 28, "patch_size": 14},
+        projection_dim=24,
+    )
+    model = shaken(CLIPModel(config), seed)
+    model.logit_scale.data.fill_(math.log(100))
+    model.save_pretrained(directory)
+    clip_processor(28).save_pretrained(directory)
+    return str(directory)
 
 
 def bert_tokenizer() -> BertTokenizer:

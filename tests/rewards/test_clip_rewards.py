@@ -24,10 +24,19 @@ import ftfy
 import numpy as np
 import pytest
 import torch
-from original_models import OpenCLIP, clip_processor, cropped, in_deviations, picture, published_head, shaken
+from original_models import (
+    OpenCLIP,
+    clip_processor,
+    cropped,
+    in_deviations,
+    picture,
+    published_head,
+    save_clip,
+    shaken,
+)
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 
 from trl_flow import load_reward
 from trl_flow.rewards import models
@@ -40,26 +49,6 @@ SIDE = 28
 PROMPTS = ["a red circle", "a cat on a mat", "a red circle", "rain"]
 # Square, landscape, portrait, and smaller than the model wants.
 IMAGES = [picture(0, 40, 40), picture(1, 84, 56), picture(2, 45, 61), picture(3, 20, 24)]
-
-
-def save_clip(directory, seed: int = 0) -> str:
-    tower = {"intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
-    config = CLIPConfig(
-        text_config={
-            **tower,
-            "vocab_size": 514,
-            "max_position_embeddings": 20,
-            "bos_token_id": 512,
-            "eos_token_id": 513,
-        },
-        vision_config={**tower, "image_size": SIDE, "patch_size": 14},
-        projection_dim=24,
-    )
-    model = shaken(CLIPModel(config), seed)
-    model.logit_scale.data.fill_(math.log(100))
-    model.save_pretrained(directory)
-    clip_processor(SIDE).save_pretrained(directory)
-    return str(directory)
 
 
 @pytest.fixture(scope="module")
