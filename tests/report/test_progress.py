@@ -13,9 +13,11 @@
 # limitations under the License.
 
 import io
+import math
 
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from trl_flow.report import ProgressLine
@@ -39,8 +41,9 @@ def play(line: ProgressLine, args: TrainingArguments, is_main: bool = True) -> s
         state.global_step = step
         if step:
             line.on_step_end(args, state, control)
-            logs = {"loss": 0.1, "reward": 0.25 * step, "nfe": 700 * step, "time/elapsed": 7.0 * step}
-            line.on_log(args, state, control, logs=logs)
+            # The second update trains on the pictures of the first.
+            speed = {"images_per_second": 12.34} if step == 1 else {}
+            line.on_log(args, state, control, logs={"loss": 0.1, "reward": 0.25 * step, "nfe": 700 * step, **speed})
         if step != 1:
             line.on_prediction_step(args, state, control)
             line.on_log(args, state, control, logs={"eval_rewards/strict/mean": 0.5 + 0.1 * step, "eval_reward": 1.0})
@@ -55,7 +58,7 @@ class TestProgressLine:
         lines = play(ProgressLine(io.StringIO()), args).splitlines()
         assert len(lines) == 4
         assert lines[0] == "step 0/2 | held-out strict 0.500"
-        assert lines[1].startswith("step 1/2 | reward 0.250 | strict 0.500 | 100 NFE/s | ")
+        assert lines[1].startswith("step 1/2 | reward 0.250 | strict 0.500 | 12.3 images/s | ")
         assert lines[1].endswith(" left")
         assert lines[2].startswith("step 2/2 | reward 0.500 | ")
         assert lines[3] == "step 2/2 | held-out strict 0.500→0.700"
@@ -65,7 +68,7 @@ class TestProgressLine:
         assert text.count("\n") == 1, "one line, ended once"
         last = text.rstrip("\n").split("\r")[-1]
         assert "2/2" in last
-        assert "reward 0.500 | strict 0.500→0.700 | 100 NFE/s" in last
+        assert "reward 0.500 | strict 0.500→0.700 | 12.3 images/s" in last
         assert "evaluating, batch 1" in text
         assert "evaluating" not in last
 
@@ -75,8 +78,52 @@ class TestProgressLine:
     def test_values_that_are_not_numbers(self, args):
         line = ProgressLine(io.StringIO())
         line.on_log(args, TrainerState(), None, logs={"reward": float("nan"), "eval_rewards/a/mean": None})
-        line.on_log(args, TrainerState(), None, logs={"reward": 0.5, "nfe": 3, "time/elapsed": 0.0})
+        line.on_log(args, TrainerState(), None, logs={"reward": 0.5, "images_per_second": math.nan})
         assert line.stream.getvalue().splitlines()[-1] == "reward 0.500"
+
+    @pytest.mark.parametrize(
+        "strategy, seconds",
+        [
+            # 20 updates are left, of 2 seconds each, and evaluations of 100 seconds.
+            ("steps", [40, 340, 240]),
+            ("no", [40, 140, 140]),
+            ("epoch", [40, 340, 240]),
+        ],
+    )
+    def test_remaining_time_counts_evaluations_apart(self, tmp_path, monkeypatch, strategy, seconds):
+        """After 10 of 30 updates: without evaluations, before that of this update, and after it."""
+        clock = [1000.0]
+        monkeypatch.setattr("trl_flow.report.progress.time.monotonic", lambda: clock[0])
+        args = TrainingArguments(output_dir=str(tmp_path), report_to="none", eval_strategy=strategy, eval_steps=10)
+        state, logs = TrainerState(max_steps=30, eval_steps=10, num_train_epochs=3), {"reward": 0.5}
+
+        def left(line: ProgressLine) -> str:
+            line.on_log(args, state, None, logs=logs)
+            return line.stream.getvalue().splitlines()[-1].split(" | ")[-1]
+
+        texts = []
+        for evaluates in (False, True):
+            line = ProgressLine(io.StringIO())
+            state.global_step, state.epoch, clock[0] = 0, 0.0, 1000.0
+            line.on_train_begin(args, state, None)
+            if evaluates:
+                clock[0] += 100
+                line.on_log(args, state, None, logs={"eval_reward": 0.1, "eval_runtime": 100.0})
+            clock[0] += 20
+            state.global_step, state.epoch = 10, 1.0
+            texts.append(left(line))
+        if strategy != "no":
+            clock[0] += 100
+            line.on_log(args, state, None, logs={"eval_reward": 0.1, "eval_runtime": 100.0})
+        texts.append(left(line))
+        assert texts == [f"{tqdm.format_interval(second)} left" for second in seconds]
+
+    def test_remaining_evaluations_when_the_last_update_is_no_multiple(self, args):
+        args.eval_strategy = "steps"
+        line = ProgressLine(io.StringIO())
+        line._last_evaluation = (20, 1.0)
+        state = TrainerState(global_step=25, max_steps=31, eval_steps=10)
+        assert line._evaluations_left(args, state) == 2
 
     def test_in_a_trainer(self, tmp_path):
         """In place of transformers' own callbacks, with the order of events that a real trainer has."""

@@ -13,6 +13,7 @@
 # limitations under the License.
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -478,6 +479,7 @@ def test_evaluation_is_the_stock_pipeline_with_fixed_noise(make_trainer):
     randomize(trainer)
     metrics = trainer.evaluate()
     again = trainer.evaluate()
+    assert min(metrics.pop("eval_runtime"), again.pop("eval_runtime")) > 0
     assert metrics == again
     assert metrics["eval_num_samples"] == 3
     scores = []
@@ -589,13 +591,32 @@ def test_logged_numbers(make_trainer):
         )
         assert sum(entry[f"grad_share/step_{step}"] for step in range(3)) == pytest.approx(1.0)
         assert entry["frac_reward_nan"] == entry["frac_reward_zero_std"] == 0.0
-        assert {"reward_std", "kl", "clip_ratio", "nfe", "time/rollout", "time/reward", "time/train"} <= entry.keys()
+        assert {"reward_std", "kl", "clip_ratio", "nfe", "images_per_second"} <= entry.keys()
+        phases = [entry[f"time/{phase}"] for phase in ("rollout", "decode", "reward", "train")]
+        assert min(phases) > 0
+        # The seconds of all updates so far; the phases are nearly all of one.
+        assert sum(phases) < entry["time/elapsed"]
+        assert entry["images_per_second"] == pytest.approx(12 / sum(phases[:3]))
+        assert "time/old_policy" not in entry, "there was none to evaluate"
         for step in range(3):
             assert {f"advantages/std/step_{step}", f"dense_reward/step_{step}"} <= entry.keys()
             assert 0 <= entry[f"dense_reward/positive/step_{step}"] <= 1
+            assert entry[f"noise_level/step_{step}"] == 0.7
     # A rollout of 3 samples: 10 evaluations each; 9 transitions with the reference's.
     assert [entry["nfe"] for entry in entries] == [30 + 18, 2 * (30 + 18)]
     assert entries[0]["kl"] == 0.0 and entries[1]["kl"] > 0.0
+
+
+def test_phase_times_are_those_of_whole_updates(make_trainer, monkeypatch):
+    """Two updates of two micro-steps each, from one rollout; a tick of the clock at each look at it."""
+    ticks = itertools.count()
+    monkeypatch.setattr("trl_flow.trainer.rollouts.time.perf_counter", lambda: float(next(ticks)))
+    trainer = make_trainer(gradient_accumulation_steps=2, steps_per_generation=4, max_steps=2)
+    trainer.train()
+    first, second = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert first["time/train"] == second["time/train"] == 2
+    assert first["time/old_policy"] == 2, "the two micro-steps of the second update"
+    assert "time/rollout" not in second and "images_per_second" not in second
 
 
 def test_groups_without_any_difference_are_counted_and_cost_no_training(make_trainer):

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import TextIO
@@ -55,9 +56,12 @@ class ProgressLine(TrainerCallback):
         self.evaluated_batches = 0
         self._start_time = None
         self._start_step = 0
+        self._last_evaluation: tuple[int, float] | None = None
+        self._seconds_evaluating = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._start_time, self._start_step = time.monotonic(), state.global_step
+        self._seconds_evaluating = 0.0
         if not state.is_world_process_zero or args.disable_tqdm:
             return
         stream = self.stream or sys.stderr
@@ -67,7 +71,7 @@ class ProgressLine(TrainerCallback):
                 initial=state.global_step,
                 file=stream,
                 dynamic_ncols=True,
-                bar_format="{n_fmt}/{total_fmt} {bar:10} {elapsed}<{remaining}{postfix}",
+                bar_format="{n_fmt}/{total_fmt} {bar:10} {elapsed}{postfix}",
             )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -77,12 +81,12 @@ class ProgressLine(TrainerCallback):
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         self.evaluated_batches += 1
         if self.bar is not None:
-            self.bar.set_postfix_str(f"evaluating, batch {self.evaluated_batches} | {self._text()}")
+            self._show(f"evaluating, batch {self.evaluated_batches} | {self._text()}")
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.evaluated_batches = 0
         if self.bar is not None:
-            self.bar.set_postfix_str(self._text())
+            self._show(self._text() + self._remaining(args, state))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -91,12 +95,15 @@ class ProgressLine(TrainerCallback):
         if not is_evaluation and "reward" not in logs:
             return  # the end-of-training summary
         self._read(logs)
+        if finite(logs.get("eval_runtime")):
+            self._last_evaluation = (state.global_step, logs["eval_runtime"])
+            self._seconds_evaluating += logs["eval_runtime"]
         if self.bar is not None:
-            self.bar.set_postfix_str(self._text())
+            self._show(self._text() + self._remaining(args, state))
             return
         line = f"step {state.global_step}/{state.max_steps} | " if state.max_steps else ""
         line += f"held-out {self._score_text()}" if is_evaluation else self._text()
-        line += self._remaining(state) if not is_evaluation else ""
+        line += self._remaining(args, state) if not is_evaluation else ""
         stream = self.stream or sys.stderr
         stream.write(line + "\n")
         stream.flush()
@@ -105,6 +112,9 @@ class ProgressLine(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+    def _show(self, text: str) -> None:
+        self.bar.set_postfix_str(text.removeprefix(" | "))
 
     def _read(self, logs: dict) -> None:
         if finite(logs.get("reward")):
@@ -117,11 +127,9 @@ class ProgressLine(TrainerCallback):
             if finite(score):
                 self.scores[name] = score
                 self.first_scores.setdefault(name, score)
-        elapsed = logs.get("time/elapsed")
+        # An update that trains on the pictures of an earlier one has made none.
         if finite(logs.get("images_per_second")):
             self.speed = f"{logs['images_per_second']:.3g} images/s"
-        elif finite(logs.get("nfe")) and finite(elapsed) and elapsed > 0:
-            self.speed = f"{logs['nfe'] / elapsed:,.0f} NFE/s"
 
     def _text(self) -> str:
         parts = []
@@ -140,9 +148,22 @@ class ProgressLine(TrainerCallback):
             texts.append(f"{name} {first:.3f}→{score:.3f}" if score != first else f"{name} {score:.3f}")
         return ", ".join(texts)
 
-    def _remaining(self, state) -> str:
+    def _remaining(self, args, state) -> str:
         done = state.global_step - self._start_step
         if self._start_time is None or done <= 0 or not state.max_steps:
             return ""
-        seconds = (time.monotonic() - self._start_time) / done * (state.max_steps - state.global_step)
+        # Apart: an evaluation is no part of an update, and may take as long as many.
+        training = time.monotonic() - self._start_time - self._seconds_evaluating
+        seconds = max(0.0, training) / done * (state.max_steps - state.global_step)
+        if self._last_evaluation is not None:
+            seconds += self._last_evaluation[1] * self._evaluations_left(args, state)
         return f" | {tqdm.format_interval(seconds)} left"
+
+    def _evaluations_left(self, args, state) -> int:
+        """Evaluations until the end, with the one after the last update."""
+        pending = self._last_evaluation[0] < state.global_step
+        if args.eval_strategy == "epoch":
+            return state.num_train_epochs - int(state.epoch) + int(pending and state.epoch % 1 == 0)
+        every = state.eval_steps if args.eval_strategy == "steps" else state.max_steps
+        left = math.ceil(state.max_steps / every) - state.global_step // every
+        return left + int(pending and state.global_step % every == 0)

@@ -17,6 +17,7 @@
 import json
 import math
 import shutil
+import time
 from collections import deque
 from pathlib import Path
 
@@ -58,9 +59,10 @@ class EvaluationMixin:
         Returns:
             `dict[str, float]`: `eval_reward` (the weighted sum that is trained), mean and standard deviation of each
             reward as `eval_rewards/<name>/mean` and `/std`, its mean over the prompts of each tag as
-            `eval_tags/<tag>/<name>` where the dataset has a column `tag`, and `eval_num_samples`.
+            `eval_tags/<tag>/<name>` where the dataset has a column `tag`, `eval_num_samples`, and the seconds that it took
+            as `eval_runtime`.
         """
-        args = self.args
+        began, args = time.perf_counter(), self.args
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("evaluate() needs an eval_dataset: give one to it or to the trainer.")
@@ -118,6 +120,7 @@ class EvaluationMixin:
         metrics = {
             f"{metric_key_prefix}_reward": None if trained.isnan().all() else trained.nanmean().item(),
             f"{metric_key_prefix}_num_samples": len(dataset),
+            f"{metric_key_prefix}_runtime": time.perf_counter() - began,
         }
         for name, column, lost in zip(names, scores.unbind(1), failed.unbind(1), strict=True):
             known = column[~column.isnan()]

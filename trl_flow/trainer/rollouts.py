@@ -76,12 +76,14 @@ class RolloutMixin:
             seen[prompt] += 1
         for start in range(0, len(rows), prompts_per_sweep):
             part = slice(start, start + prompts_per_sweep)
-            conditioning = self.conditioning(prompts[part], images and images[part])
-            noise = [
-                seeded_noise(args.seed, "train", key, num_draws=plan.num_draws, latent_shape=self.policy.latent_shape)
-                for key in keys[part]
-            ]
             with timed(times, "rollout"):
+                conditioning = self.conditioning(prompts[part], images and images[part])
+                noise = [
+                    seeded_noise(
+                        args.seed, "train", key, num_draws=plan.num_draws, latent_shape=self.policy.latent_shape
+                    )
+                    for key in keys[part]
+                ]
                 rollout = execute(
                     plan,
                     self.velocity(conditioning),
@@ -131,7 +133,9 @@ class RolloutMixin:
         advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
         advantages = self.redistribute(advantages, mask, None if observed[0] is None else torch.cat(observed).cpu())
         total = combine_rewards(judged, self.reward_weights)
-        self._log_rollout(rewards, total, advantages, mask, plan, times, [row.get("tag") for row in rows])
+        self._log_rollout(rewards, total, advantages, mask, plan, [row.get("tag") for row in rows])
+        num_images = rewards.shape[0] * rewards.shape[1] * args.world_size
+        self._metrics["train"]["images_per_second"].append(num_images / max(sum(times.values()), 1e-9))
         self.log_credit(total[:, leaves], plan)
 
         position = {node: number for number, node in enumerate(rollout.nodes)}
@@ -158,7 +162,10 @@ class RolloutMixin:
         for number, micro_batch in enumerate(micro_batches):
             # On-policy, exp(logp - logp.detach()) is exactly 1 and needs no second evaluation.
             if not self.on_policy(number):
-                micro_batch["old"] = self.old_statistics(micro_batch)
+                with timed(times, "old_policy"):
+                    micro_batch["old"] = self.old_statistics(micro_batch)
+        for name, seconds in times.items():
+            self._metrics["train"][f"time/{name}"].append(seconds)
         return micro_batches
 
     def _check_failures(self, rewards: torch.Tensor, failed: torch.Tensor) -> torch.Tensor:
@@ -288,7 +295,7 @@ class RolloutMixin:
     def _gather(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
 
-    def _log_rollout(self, rewards, total, advantages, mask, plan, times, tags):
+    def _log_rollout(self, rewards, total, advantages, mask, plan, tags):
         metrics = self._metrics["train"]
         metrics["reward"].append(_nanmean(total))
         metrics["reward_std"].append(_nanstd(total, dim=1))
@@ -302,10 +309,8 @@ class RolloutMixin:
         metrics["advantages/mean"].append(advantages.mean().item())
         for s, step in enumerate(plan.steps):
             metrics[f"advantages/std/step_{step}"].append(advantages[:, s].std().item())
-        for name, seconds in times.items():
-            metrics[f"time/{name}"].append(seconds)
-        num_images = rewards.shape[0] * rewards.shape[1]
-        metrics["images_per_second"].append(num_images / max(sum(times.values()), 1e-9))
+            if any(edge.parent != edge.child for edge in plan.transitions[step]):
+                metrics[f"noise_level/step_{step}"].append(self.noise_levels[step])
 
 
 def _describe(error: Exception | None) -> str:

@@ -30,14 +30,20 @@ from .transitions import TransitionChunk, transition_chunks
 class UpdateMixin:
     """The part of the trainer that trains."""
 
+    _seconds_training = 0.0
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         began = time.perf_counter()
         model.train()
         inputs = self._prepare_inputs(inputs)
         with timed(times := {}, "train"):
             loss = self._forward_backward(model, inputs)
-        self._metrics["train"]["time/train"].append(times["train"])
         self._step += 1
+        # Like the other phases, in seconds of a whole update.
+        self._seconds_training += times["train"]
+        if self._step % self.args.gradient_accumulation_steps == 0:
+            self._metrics["train"]["time/train"].append(self._seconds_training)
+            self._seconds_training = 0.0
         self._elapsed += time.perf_counter() - began
         return loss / self.current_gradient_accumulation_steps
 
