@@ -354,7 +354,7 @@ class TestMethods:
 
     @pytest.mark.parametrize("folder", ["shapes", "sd3.5-medium"])
     def test_each_has_its_examples(self, folder):
-        assert {path.stem for path in (ROOT / "examples" / folder).glob("*.yaml")} == set(METHODS)
+        assert {path.stem for path in (ROOT / "examples" / folder).glob("*.yaml")} >= set(METHODS)
 
     def test_make_knows_them(self):
         result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -480,7 +480,9 @@ class TestTrainingCommand:
         "path", sorted((ROOT / "examples").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
     )
     def test_examples_are_valid(self, path, tmp_path):
-        script_args, training_args, *rest = make_training_parser(path.stem).parse_args_and_config(
+        # A file is named after its method, and after what sets it apart from others of the method.
+        command = max((method for method in METHODS if f"{path.stem}-".startswith(f"{method}-")), key=len)
+        script_args, training_args, *rest = make_training_parser(command).parse_args_and_config(
             ["--config", str(path), "--output_dir", str(tmp_path), "--bf16", "false"], return_remaining_strings=True
         )
         assert rest == [[]]

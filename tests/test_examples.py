@@ -22,6 +22,8 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig
 from PIL import Image
 from pipelines import brightness
@@ -66,6 +68,11 @@ PIPELINES = {
 PATHS = sorted(path for path in EXAMPLES.glob("*/*.yaml") if path.parent.name != "shapes")
 
 
+def command_of(path: Path) -> str:
+    """The method of an example: a file is named after it, and after what sets it apart from others of the method."""
+    return max((method for method in METHODS if f"{path.stem}-".startswith(f"{method}-")), key=len)
+
+
 @pytest.fixture
 def make_trainer(tmp_path):
     """The trainer of an example, with all its settings but the size, on a tiny pipeline."""
@@ -75,7 +82,7 @@ def make_trainer(tmp_path):
         overrides = {"output_dir": tmp_path / "run", "use_cpu": True, "bf16": False}
         overrides |= {name: tiny[name] for name in ("height", "width", "num_frames") if name in tiny}
         words = [word for name, value in overrides.items() for word in (f"--{name}", str(value))]
-        parser = make_training_parser(path.stem)
+        parser = make_training_parser(command_of(path))
         script_args, args = parser.parse_args_and_config(["--config", str(path), *words])
         # No table of aspect ratios has pictures as small as these.
         if "use_resolution_binning" in tiny:
@@ -84,13 +91,16 @@ def make_trainer(tmp_path):
         if "image" in tiny:
             rows["image"] = [tiny["image"]] * 64
         dataset = Dataset.from_dict(rows)
-        return getattr(trl_flow, METHODS[path.stem].trainer)(
+        peft_config = None
+        if not args.full_finetuning:
+            peft_config = LoraConfig(r=script_args.lora_r, lora_alpha=script_args.lora_alpha)
+        return getattr(trl_flow, METHODS[command_of(path)].trainer)(
             tiny_pipeline(PIPELINES[path.parent.name]),
             reward_funcs=brightness,
             args=args,
             train_dataset=dataset,
             eval_dataset=dataset,
-            peft_config=LoraConfig(r=script_args.lora_r, lora_alpha=script_args.lora_alpha),
+            peft_config=peft_config,
         )
 
     return make
@@ -122,12 +132,25 @@ def test_noise_of_wan_is_the_published_one(folder, make_trainer):
     assert trainer.noise_levels == pytest.approx(expected, abs=2e-3)
 
 
+@pytest.mark.parametrize("name", ["g2rpo", "g2rpo-lora", "mix-grpo"])
+def test_grid_of_flux_is_the_published_one(name):
+    """A constant shift of 3, from FLUX.1-dev's scheduler, whose shift depends on the size of the picture."""
+    example = yaml.safe_load((EXAMPLES / "flux.1-dev" / f"{name}.yaml").read_text())
+    # A token stands for 16 x 16 pixels. The settings are those of the checkpoint's scheduler.
+    mu = calculate_shift(example["height"] // 16 * (example["width"] // 16), 256, 4096, 0.5, 1.15)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    scheduler.set_timesteps(sigmas=example["sigmas"], mu=mu)
+    steps = example["num_inference_steps"]
+    times = [1 - step / steps for step in range(steps + 1)]
+    assert scheduler.sigmas.tolist() == pytest.approx([3 * time / (1 + 2 * time) for time in times], abs=2e-6)
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_command_line_in_its_comment_is_its_own(path):
     text = path.read_text()
     name = f"{path.parent.name}/{path.stem}.yaml"
     (command,) = re.findall(r"#     trl-flow ((?!calibrate)\S+) --config examples/(\S+)", text)
-    assert command == (path.stem, name)
+    assert command == (command_of(path), name)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}-{path.stem}")
