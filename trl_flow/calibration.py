@@ -78,7 +78,7 @@ def calibrate_noise(
     minus `step_size` (0.01); ties in neither count; not below 0. Only `max_noise_level`, when given, bounds it.
 
     Args:
-        model, reward_funcs, train_dataset: As for [`DenseGRPOTrainer`].
+        model, reward_funcs, train_dataset (as for [`DenseGRPOTrainer`]): What is to be trained, on what.
         args ([`DenseGRPOConfig`]): Settings of the rollouts. `sde_type` chooses the dynamics that the table is for:
             `"dance"` for the paper's eq. 11. The table starts from `noise_level`, which for `"dance"` is read as
             Flow-GRPO's a: psi(t) = a sqrt(t / (1 - t)), where uniform exploration stands.
@@ -235,7 +235,12 @@ def update_noise_level(
     """
     One update of one step's noise level, from the number of its positive and negative dense rewards.
 
-    See [`calibrate_noise`] for the two rules.
+    Args:
+        level (`float`): Its noise level.
+        positive, negative (`int`): Number of trajectories that gained by the step, and that lost.
+        rule (`str`): `"significance"` or `"paper"`, see [`calibrate_noise`].
+        threshold, step_size (`float`): Of the rule.
+        lowest, highest (`float`): Bounds of the result.
     """
     if rule == "paper":
         level += step_size if abs(positive - negative) < threshold else -step_size

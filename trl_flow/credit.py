@@ -91,12 +91,11 @@ def turning_points(values: torch.Tensor, balance: bool = True) -> torch.Tensor:
     before it, and only the last of these conditions. A turning point is rewarded with all that follows from it,
     R_W - R_{i-1}, any other step with d_i.
 
-    `balance` keeps as many turning points that lead up (D > 0) as lead down among all those given, those of the largest
-    |D| first; the others are rewarded with their own d_i.
-
     Args:
         values (`torch.Tensor` of shape `(B, S, G, 2)`): Rewards of the tails from before and after each of S consecutive
             steps.
+        balance (`bool`, *optional*, defaults to `True`): Keeps as many turning points that lead up (D > 0) as lead down
+            among all those given, those of the largest |D| first; the others are rewarded with their own d_i.
 
     Returns:
         `torch.Tensor` of shape `(B, S, G, 1)`.

@@ -177,6 +177,7 @@ def kl_divergence(
     - `"velocity"`: (v - v_ref)^2, independent of the sampler.
 
     Args:
+        kl_type (`str`): One of these.
         velocity, reference_velocity (`torch.Tensor` of shape `(n, *latent)`).
         sigma, sigma_next, noise_level (`float`), dynamics (`str`): The stochastic step, see
             [`~trl_flow.rollout.coefficients`].
@@ -203,7 +204,12 @@ def kl_divergence(
 
 
 def mean_slope(sigma: float, sigma_next: float, noise_level: float, dynamics: str) -> tuple[float, float]:
-    """d mean / d velocity of a stochastic step, and its standard deviation (float64)."""
+    """
+    d mean / d velocity of a stochastic step, and its standard deviation (float64).
+
+    Args:
+        sigma, sigma_next, noise_level (`float`), dynamics (`str`): The step, see [`~trl_flow.rollout.coefficients`].
+    """
     c, std = coefficients(sigma, sigma_next, noise_level, dynamics)
     return c * (1 - sigma) - (1 - sigma_next) * sigma, std
 

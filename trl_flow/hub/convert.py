@@ -272,6 +272,12 @@ def convert_adapter(
     """
     Write an adapter again in another layout: [`read_lora`], then [`write_lora`].
 
+    Args:
+        name_or_path (`str` or `Path`), revision (`str`, *optional*), denoiser_class (`str`, *optional*):
+            The adapter, as for [`read_lora`].
+        layout (`str`), output (`str` or `Path`), base_model (`str`, *optional*):
+            What to write and where, as for [`write_lora`].
+
     Returns:
         `list[Path]`: the files written.
     """
@@ -336,6 +342,10 @@ def merge_adapter(
 def to_kohya(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
     """
     Tensors of an adapter under kohya's names.
+
+    Args:
+        adapter ([`LoraAdapter`]):
+            The adapter.
 
     Raises:
         ValueError: The model has no kohya layout, or one of its layers has no place there.

@@ -86,6 +86,12 @@ def load_policy(policy, folder: str | Path) -> None:
     """
     Take back what [`save_policy`] wrote.
 
+    Args:
+        policy ([`FlowPolicy`]):
+            The policy, with the same adapter.
+        folder (`str` or `Path`):
+            Directory that was written to.
+
     Raises:
         FileNotFoundError: The folder holds no such weights.
         ValueError: They are those of another adapter.
@@ -109,7 +115,13 @@ def load_policy(policy, folder: str | Path) -> None:
 
 
 def holds_policy(folder: str | Path) -> bool:
-    """Whether [`save_policy`] wrote to a folder."""
+    """
+    Whether [`save_policy`] wrote to a folder.
+
+    Args:
+        folder (`str` or `Path`):
+            The directory.
+    """
     folder = Path(folder)
     return (folder / SAFETENSORS_WEIGHTS_NAME).is_file() or any(
         (folder / component / name).is_file()

@@ -23,7 +23,13 @@ from .families import PipelineFamily
 
 
 def with_area(arguments: dict, parameters: Collection[str]) -> dict:
-    """Arguments of a pipeline's call, with the area to which it would otherwise enlarge the size that is asked for."""
+    """
+    Arguments of a pipeline's call, with the area to which it would otherwise enlarge the size that is asked for.
+
+    Args:
+        arguments (`dict`): What it is to be called with.
+        parameters (`Collection[str]`): Names of all arguments that it takes.
+    """
     if "max_area" in parameters and {"height", "width"} <= arguments.keys():
         return {"max_area": arguments["height"] * arguments["width"], **arguments}
     return arguments

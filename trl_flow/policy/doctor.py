@@ -183,7 +183,17 @@ def examine_policy(
     transition_batch_size: int = 8,
     image: Image.Image | None = None,
 ) -> None:
-    """[`examine`] for a policy that exists: notes what it finds in `diagnosis`, raises [`Untrainable`] if it must."""
+    """
+    [`examine`] for a policy that exists.
+
+    Args:
+        policy ([`FlowPolicy`]): The policy.
+        diagnosis ([`Diagnosis`]): Where it notes what it finds.
+        num_inference_steps, transition_batch_size, image (*optional*): As for [`examine`].
+
+    Raises:
+        Untrainable: If a check fails.
+    """
     diagnosis.family = "inferred" if policy.family.inferred else policy.family.name
     diagnosis.trained_parameters = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     diagnosis.total_parameters = sum(p.numel() for p in policy.parameters())

@@ -295,6 +295,9 @@ def find_family(pipeline: DiffusionPipeline) -> PipelineFamily:
     """
     The record of a pipeline's family, or what inspection finds where there is none.
 
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): The pipeline.
+
     Raises:
         ValueError: If the pipeline has no denoiser that could be trained, or no `__call__` that could be asked.
     """

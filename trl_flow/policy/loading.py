@@ -72,7 +72,12 @@ def _place(model: "str | os.PathLike") -> str:
 
 
 def default_call_arguments(model) -> dict:
-    """Arguments of the pipeline call that a model needs and its pipeline class does not know."""
+    """
+    Arguments of the pipeline call that a model needs and its pipeline class does not know.
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]): As for a trainer.
+    """
     # The embedded pipeline has no T5 encoder and was made with one placeholder token in its place; the class's default
     # of 256 would be ten times slower, and nothing that it has seen.
     return {"max_sequence_length": 1} if model == "shapes" else {}

@@ -24,7 +24,12 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler's latents are (1 - sigma) x0 + sigma eps, and its model predicts eps - x0."""
+    """
+    Whether a scheduler's latents are (1 - sigma) x0 + sigma eps, and its model predicts eps - x0.
+
+    Args:
+        scheduler ([`~diffusers.SchedulerMixin`]): The pipeline's own.
+    """
     return type(scheduler).__name__.startswith("FlowMatch") or (
         bool(scheduler.config.get("use_flow_sigmas")) and scheduler.config.get("prediction_type") == "flow_prediction"
     )

@@ -104,7 +104,12 @@ def load_prompts(
 
 
 def parse_columns(columns: list[str] | None) -> dict[str, str] | None:
-    """`columns` of [`load_prompts`] from the command line: `["caption=prompt", "tag"]`."""
+    """
+    `columns` of [`load_prompts`] from the command line.
+
+    Args:
+        columns (`list[str]` or `None`): Such as `["caption=prompt", "tag"]`.
+    """
     if columns is None:
         return None
     return {old: new or old for old, _, new in (column.partition("=") for column in columns)}

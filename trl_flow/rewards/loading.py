@@ -64,6 +64,9 @@ def parse_reward(reward: RewardSpec) -> tuple[str | Callable, dict]:
     """
     What is named, and its settings.
 
+    Args:
+        reward (`str`, `dict` or `Callable`): As for [`load_reward`].
+
     Raises:
         ValueError: If `reward` has none of the forms that [`load_reward`] takes.
     """
@@ -195,7 +198,12 @@ def _with_settings(reward: Callable, settings: dict, shown: str) -> Callable:
 
 
 def public_reward(reward: RewardSpec) -> RewardSpec:
-    """`reward` as it may be written into files: without keys and tokens."""
+    """
+    A reward as it may be written into files: without keys and tokens.
+
+    Args:
+        reward (`str`, `dict` or `Callable`): As for [`load_reward`].
+    """
     name, settings = parse_reward(reward)
     public = {key: value for key, value in settings.items() if key not in SECRETS}
     if public == settings:
@@ -205,7 +213,12 @@ def public_reward(reward: RewardSpec) -> RewardSpec:
 
 
 def reward_name(reward: RewardSpec) -> str:
-    """Name under which a reward is logged: the last part of what it was asked for by, or the function's own."""
+    """
+    Name under which a reward is logged: the last part of what it was asked for by, or the function's own.
+
+    Args:
+        reward (`str`, `dict` or `Callable`): As for [`load_reward`].
+    """
     name, _ = parse_reward(reward)
     if not isinstance(name, str):
         return getattr(name, "__name__", type(name).__name__)

@@ -95,6 +95,11 @@ class Reward:
 
 
 def reward_settings(reward: type | object) -> dict[str, inspect.Parameter]:
-    """Settings of a reward class by name."""
+    """
+    Settings of a reward class by name.
+
+    Args:
+        reward (`type` or an object of it): The class.
+    """
     parameters = inspect.signature(reward if isinstance(reward, type) else type(reward)).parameters
     return {name: parameter for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
