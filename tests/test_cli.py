@@ -67,6 +67,8 @@ class Settings:
     limit: int | None = field(default=None, metadata={"help": "Limit."})
     kind: str = field(default="flow", metadata={"help": "Kind.", "choices": ["flow", "cps"]})
     shuffle: bool = field(default=True, metadata={"help": "Shuffle."})
+    text: str | None = field(default=None, metadata={"help": "Text."})
+    options: dict | str | None = field(default=None, metadata={"help": "Options."})
 
 
 def parse(tmp_path, args, config=None, launches=False, **kwargs):
@@ -136,6 +138,7 @@ class TestParser:
             ({"weights": [1, "many"]}, "weights: 'many' is not a valid float"),
             ({"shuffle": "perhaps"}, "shuffle: 'perhaps' is not a valid bool"),
             ({"kind": "flwo"}, "kind: 'flwo' is not one of flow, cps"),
+            ({"num_generations": None}, "num_generations: nothing is given, expected a value"),
             ({"num_generatoins": 2}, "--num_generatoins in the configuration file. Did you mean --num_generations?"),
         ],
     )
@@ -207,6 +210,94 @@ class TestParser:
         assert "--shuffle, --no_shuffle" in text
         assert "Group size." not in text and "num_generations" in text[text.index("--help_all") :]
         assert "Group size." in parser.format_help(everything=True)
+
+
+class TestEnvironment:
+    """Variables TRL_FLOW_<SETTING>: after the command line, before the file."""
+
+    @pytest.mark.parametrize(
+        "name, value, expected",
+        [
+            ("learning_rate", "1e-4", 1e-4),
+            ("num_generations", "6", 6),
+            ("reward_funcs", "a", ["a"]),
+            ("reward_funcs", "a, b", ["a", "b"]),
+            ("reward_funcs", '[a, {ocr: {match: "x, y"}}]', ["a", '{"ocr": {"match": "x, y"}}']),
+            ("reward_funcs", '{"ocr": {"match": "paper"}}', ['{"ocr": {"match": "paper"}}']),
+            ("weights", "1,0.5", [1.0, 0.5]),
+            ("window", "[1, 3]", [1, 3]),
+            ("window", "2", [2]),
+            ("share", "null", None),
+            ("kind", "cps", "cps"),
+            ("text", "[a]", "[a]"),
+            ("text", "1e-4", "1e-4"),
+            ("shuffle", "false", False),
+            ("shuffle", "1", True),
+            ("options", "{a: 1, b: [x]}", {"a": 1, "b": ["x"]}),
+            ("num_generations", "", 4),
+        ],
+    )
+    def test_values(self, tmp_path, monkeypatch, name, value, expected):
+        monkeypatch.setenv(f"TRL_FLOW_{name.upper()}", value)
+        (settings,) = parse(tmp_path, [])
+        found = getattr(settings, name)
+        assert found == expected and type(found) is type(expected)
+        for other in set(vars(settings)) - {name}:
+            assert getattr(settings, other) == getattr(Settings(), other)
+
+    def test_order(self, tmp_path, monkeypatch):
+        for name in ("LEARNING_RATE", "NUM_GENERATIONS", "SHUFFLE"):
+            monkeypatch.setenv(f"TRL_FLOW_{name}", "0")
+        file = {"learning_rate": 0.2, "num_generations": 2, "shuffle": True, "limit": 2}
+        (settings,) = parse(tmp_path, ["--learning_rate", "0.1"], file)
+        assert (settings.learning_rate, settings.num_generations, settings.limit) == (0.1, 0, 2)
+        assert settings.shuffle is False
+        (settings,) = parse(tmp_path, ["--shuffle"], file)
+        assert settings.shuffle is True
+
+    @pytest.mark.parametrize(
+        "name, value, message",
+        [
+            ("NUM_GENERATIONS", "2.5", "TRL_FLOW_NUM_GENERATIONS: '2.5' is not a valid int"),
+            ("NUM_GENERATIONS", "null", "TRL_FLOW_NUM_GENERATIONS: nothing is given, expected a value"),
+            ("WEIGHTS", "1,many", "TRL_FLOW_WEIGHTS: 'many' is not a valid float"),
+            ("KIND", "flwo", "TRL_FLOW_KIND: 'flwo' is not one of flow, cps"),
+            ("REWARD_FUNCS", "[a, b", "TRL_FLOW_REWARD_FUNCS: '[a, b' is not valid YAML"),
+            ("NUM_GENERATOINS", "2", "unknown setting TRL_FLOW_NUM_GENERATOINS in the environment. Did you mean TRL_FLOW_NUM"),
+            ("NUM_PROCESSES", "2", "TRL_FLOW_NUM_PROCESSES: give --num_processes on the command line"),
+            ("CONFIG", "x.yaml", "TRL_FLOW_CONFIG: give --config on the command line"),
+        ],
+    )  # fmt: skip
+    def test_bad_variable(self, tmp_path, monkeypatch, capsys, name, value, message):
+        monkeypatch.setenv(f"TRL_FLOW_{name}", value)
+        assert message in usage_error(capsys, lambda: parse(tmp_path, []))
+
+    def test_variables_of_others(self, tmp_path, monkeypatch, capsys):
+        """Those of other commands say nothing here; one that nobody knows is told, once, and not refused."""
+        for name in ("NUM_CALIBRATION_ITERATIONS", "USE_CPU", "SETTINGS", "DEBUG", "REWARD_TOKEN", "DATA_STORE"):
+            monkeypatch.setenv(f"TRL_FLOW_{name}", "1")
+        parse(tmp_path, [])
+        assert capsys.readouterr().err.splitlines() == [
+            "trl-flow test: warning: TRL_FLOW_DATA_STORE in the environment is no setting, and is ignored"
+        ]
+        monkeypatch.setenv(launcher.LAUNCHED, "1")
+        parse(tmp_path, [])
+        assert capsys.readouterr().err == ""
+
+    def test_env_of_the_file_is_for_other_variables(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("SOMEWHERE", "here")
+        (settings,) = parse(tmp_path, [], {"env": {"SOMEWHERE": "there"}, "limit": 2})
+        assert (os.environ["SOMEWHERE"], settings.limit) == ("there", 2)
+        for value in ("", "1"):
+            monkeypatch.setenv("TRL_FLOW_LIMIT", value)
+            error = usage_error(capsys, lambda: parse(tmp_path, [], {"env": {"TRL_FLOW_LIMIT": 2}}))
+            assert "env: TRL_FLOW_LIMIT: write `limit: ...`" in error
+
+    @pytest.mark.parametrize("command", ["doctor", "prompts", "push", "convert", "rewards show", "report"])
+    def test_commands_that_take_words_without_names(self, command, monkeypatch, capsys):
+        monkeypatch.setenv("TRL_FLOW_OUTPT_DIR", "runs")
+        monkeypatch.setenv("TRL_FLOW_NUM_PROMTS", "runs")
+        assert "Did you mean TRL_FLOW_" in usage_error(capsys, lambda: cli.main([*command.split(), "word"]))
 
 
 class TestLauncher:

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""TRL's command-line parser, with errors that name the offender and help that is sorted into groups."""
+"""TRL's command-line parser, with settings from the environment, errors that name the offender, and help in groups."""
 
 import argparse
 import dataclasses
@@ -20,14 +20,20 @@ import difflib
 import json
 import os
 import sys
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import yaml
 from trl import TrlParser
 from trl.scripts.utils import DataClass
 
 
 MOST_CHOICES = 8  # more than these would push the help text off the screen
+PREFIX = "TRL_FLOW_"
+# What these say is not about the settings of a command.
+OTHER_VARIABLES = {"TRL_FLOW_DEBUG", "TRL_FLOW_LAUNCHED", "TRL_FLOW_REWARD_TOKEN"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -77,9 +83,11 @@ class FlowParser(TrlParser):
     """
     A [`~trl.TrlParser`] for one `trl-flow` command.
 
-    It differs from its parent in four ways: an abbreviated or unknown name is an error, with the nearest name as a
-    hint; values in the YAML file are converted and checked exactly as on the command line; `--config=FILE` works; and
-    `--help` shows the settings in groups, those in no group only by name (`--help_all` explains them too).
+    It differs from its parent in five ways: an abbreviated or unknown name is an error, with the nearest name as a
+    hint; values in the YAML file are converted and checked exactly as on the command line; variables of the environment,
+    `TRL_FLOW_LEARNING_RATE=1e-4`, are settings too, which come before the file's and after the command line's;
+    `--config=FILE` works; and `--help` shows the settings in groups, those in no group only by name (`--help_all` explains
+    them too).
 
     Args:
         dataclass_types (`Iterable[type]`):
@@ -113,7 +121,7 @@ class FlowParser(TrlParser):
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs) -> tuple[DataClass, ...]:
         """
-        Parse the command line and the YAML file named by `--config`; the command line wins.
+        Parse the command line, the environment and the YAML file named by `--config`; the first of them wins.
 
         Keyword arguments and the result are those of [`~trl.TrlParser.parse_args_and_config`]. What remains, if it is
         asked for, are arguments that `accelerate launch` knows.
@@ -127,13 +135,85 @@ class FlowParser(TrlParser):
                 self.error(f"--config {args[position]}: no such file")
             if "--config" in args[position:]:
                 self.error("--config is given twice")
+        if not {"-h", "--help", "--help_all"} & set(args):
+            self._check_variables()
+        self._variables = self._find_variables()
         return super().parse_args_and_config(args, **kwargs)
+
+    def parse_args_into_dataclasses(self, *args, **kwargs) -> tuple[DataClass, ...]:
+        # What the file said has become the defaults. Its `env:` is for other variables than ours, which would come before
+        # the file here, and after the environment.
+        for variable, _ in sorted(self._find_variables().items() - self._variables.items()):
+            self.error(f"configuration file: env: {variable}: write `{_setting(variable)}: ...`, outside of env")
+        actions = self._first_actions()
+        for variable, text in self._variables.items():
+            action = actions[_setting(variable)]
+            action.default = self._checked(action, self._value(action, text, variable), variable)
+            action.required = False
+        return super().parse_args_into_dataclasses(*args, **kwargs)
+
+    def _find_variables(self) -> dict[str, str]:
+        """The environment's settings. An empty variable is as good as none."""
+        names = {_variable(name) for name in self.settings} - OTHER_VARIABLES
+        return {name: os.environ[name] for name in sorted(names) if os.environ.get(name)}
+
+    def _check_variables(self) -> None:
+        """Refuse a misspelt variable; one that no command knows, and that looks like none, may be somebody else's."""
+        from .launcher import LAUNCHED, launch_options
+
+        known = {_variable(name) for name in self.settings} | OTHER_VARIABLES
+        unknown = sorted(name for name in os.environ.keys() - known if name.startswith(PREFIX))
+        # The process that launched this one has told already.
+        if not unknown or not self.settings or LAUNCHED in os.environ or os.environ.get("LOCAL_RANK", "0") != "0":
+            return
+        from .completion import collect
+        from .methods import METHODS
+        from .training import make_training_parser
+
+        launching = {option[2:] for option in launch_options()} | {"config"}
+        settings = {name[2:] for context in collect().values() for name in context.settings} - launching
+        settings |= make_training_parser(next(iter(METHODS))).settings.keys() | self.settings.keys()
+        for variable in unknown:
+            name = _setting(variable)
+            if name in settings:
+                continue  # of another command
+            if name in launching:
+                self.error(f"{variable}: give --{name} on the command line, variables stand for settings alone")
+            if close := difflib.get_close_matches(name, settings, n=1, cutoff=0.8):
+                self.error(f"unknown setting {variable} in the environment. Did you mean {_variable(close[0])}?")
+            print(
+                f"{self.prog}: warning: {variable} in the environment is no setting, and is ignored", file=sys.stderr
+            )
+
+    def _value(self, action: argparse.Action, text: str, variable: str) -> Any:
+        """What would stand in a YAML file for the text of a variable."""
+        if text in ("null", "~", "None"):
+            return None
+        kinds = self._kinds(action.dest)
+        if text[0] in "[{" and (list in kinds or dict in kinds):
+            try:
+                return yaml.safe_load(text)
+            except yaml.YAMLError:
+                self.error(f"{variable}: {text!r} is not valid YAML")
+        if action.nargs == "+" or (list in kinds and "," in text):
+            return [item.strip() for item in text.split(",") if item.strip()]
+        return text
+
+    def _kinds(self, name: str) -> set[type]:
+        """The types that a setting may have."""
+        (hint,) = [hints[name] for kind in self.dataclass_types if name in (hints := typing.get_type_hints(kind))]
+        union = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        return {typing.get_origin(kind) or kind for kind in union}
 
     def set_defaults_with_config(self, **kwargs) -> list[str]:
         # argparse converts a default only if it is a string and never checks it against the choices, so that a file
         # could smuggle in `num_generations: 2.5` or make a list of letters from `reward_funcs: shapes`.
         actions = self._first_actions()
-        known = {name: self._checked(actions[name], value) for name, value in kwargs.items() if name in actions}
+        known = {
+            name: self._checked(actions[name], value, f"configuration file: {name}")
+            for name, value in kwargs.items()
+            if name in actions
+        }
         others = {name: value for name, value in kwargs.items() if name not in actions}
         super().set_defaults_with_config(**known)
         if not self.launches or not others:
@@ -156,27 +236,27 @@ class FlowParser(TrlParser):
             self._refuse(unknown, "on the command line")
         return namespace, unknown
 
-    def _checked(self, action: argparse.Action, value: Any) -> Any:
+    def _checked(self, action: argparse.Action, value: Any, where: str) -> Any:
         if value is None:
+            if self.settings[action.dest].default is not None and type(None) not in self._kinds(action.dest):
+                self.error(f"{where}: nothing is given, expected a value; leave it out for the default")
             return value
         if action.nargs == "+":
             values = value if isinstance(value, list) else [value]
             # As on the command line, settings of a reward are JSON.
             values = [json.dumps(item) if isinstance(item, dict) else item for item in values]
-            return [self._converted(action, item) for item in values]
+            return [self._converted(action, item, where) for item in values]
         if isinstance(value, dict):
             return value
-        return value if isinstance(value, list) else self._converted(action, value)
+        return value if isinstance(value, list) else self._converted(action, value, where)
 
-    def _converted(self, action: argparse.Action, value: Any) -> Any:
+    def _converted(self, action: argparse.Action, value: Any, where: str) -> Any:
         try:
             converted = action.type(str(value)) if action.type is not None else value
         except (TypeError, ValueError, argparse.ArgumentTypeError):
-            self.error(f"configuration file: {action.dest}: {value!r} is not a valid {_type_name(action)}")
+            self.error(f"{where}: {value!r} is not a valid {_type_name(action)}")
         if action.choices is not None and converted not in action.choices:
-            self.error(
-                f"configuration file: {action.dest}: {value!r} is not one of {', '.join(map(str, action.choices))}"
-            )
+            self.error(f"{where}: {value!r} is not one of {', '.join(map(str, action.choices))}")
         return converted
 
     def _first_actions(self) -> dict[str, argparse.Action]:
@@ -220,6 +300,14 @@ class FlowParser(TrlParser):
             formatter.end_section()
         formatter.add_text(self.epilog)
         return formatter.format_help()
+
+
+def _variable(setting: str) -> str:
+    return f"{PREFIX}{setting.upper()}"
+
+
+def _setting(variable: str) -> str:
+    return variable.removeprefix(PREFIX).lower()
 
 
 def _split_config(arg: str) -> list[str]:
