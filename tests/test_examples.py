@@ -32,7 +32,7 @@ from tiny import call_arguments, tiny_pipeline
 import trl_flow
 from trl_flow.policy.families import FAMILIES
 from trl_flow.prompts import PROMPT_SETS, load_prompts
-from trl_flow.rewards import REWARDS
+from trl_flow.rewards import REWARDS, parse_reward
 from trl_flow.rollout import coefficients
 from trl_flow.scripts.methods import METHODS
 from trl_flow.scripts.training import make_training_parser
@@ -160,7 +160,9 @@ def test_rewards_and_prompts_exist(path):
     if "reward_funcs" not in example:
         assert "--reward_funcs my_rewards.score" in path.read_text()
         return
-    trained, watched = example["reward_funcs"], example["eval_reward_funcs"]
+    trained, watched = (
+        [parse_reward(reward)[0] for reward in example[name]] for name in ("reward_funcs", "eval_reward_funcs")
+    )
     assert {*trained, *watched} <= REWARDS.keys() and not {*trained} & {*watched}
     assert example["dataset_name"] in PROMPT_SETS
 
