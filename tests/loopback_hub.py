@@ -33,11 +33,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from hub_metadata import metadata_problems
 
 
 # What the Hub stores as LFS objects, whatever their size.
 LFS = (".safetensors", ".bin", ".pt", ".parquet", ".png", ".jpg", ".arrow")
-CUT = 0  # as a fault
+CUT, HALF = 0, 1  # as faults
 DATE = "2026-01-01T00:00:00.000Z"
 
 
@@ -86,7 +87,8 @@ class LoopbackHub:
         repositories (`dict[tuple[str, str], Repository]`): By type (`"model"`, `"dataset"`, `"space"`) and id.
         requests (`list[tuple[str, str]]`): Method and path of every request so far.
         fault (`Callable[[str, str], int | None]`): Gets method and path of a request; where it returns a status, the
-            request fails with that and has no effect; with `CUT`, the connection ends in the middle of the request.
+            request fails with that and has no effect; with `CUT`, the connection ends in the middle of the request, with
+            `HALF` in the middle of the answer.
     """
 
     def __init__(self):
@@ -207,7 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         self.body, self.query = self._read_body(), parse_qs(url.query)
-        if status is not None:
+        self.half = status == HALF
+        if status not in (None, HALF):
             return self._send({"error": "fault"}, status)
         method = "GET" if self.command == "HEAD" else self.command
         with hub.lock:
@@ -243,7 +246,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[: len(content) // 2] if self.half else content)
+            self.close_connection = self.close_connection or self.half
 
     def _repository(self, kind: str, repo: str) -> Repository:
         repository = self.server.hub.repositories.get((kind.removesuffix("s"), repo))
@@ -261,7 +265,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({"type": "user", "name": "user", "fullname": "User", "orgs": [], "auth": {"accessToken": {}}})
 
     def validate_yaml(self):
-        self._send({"errors": [], "warnings": []})
+        errors, warnings = metadata_problems(json.loads(self.body)["content"])
+        problems = {"errors": errors, "warnings": warnings}
+        self._send(
+            {name: [{"message": text} for text in texts] for name, texts in problems.items()}, 400 if errors else 200
+        )
 
     def create(self):
         asked = json.loads(self.body)

@@ -16,9 +16,11 @@
 
 import copy
 import math
+import os
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -60,6 +62,7 @@ from .arguments import (
 from .evaluation import EvaluationMixin
 from .flow_grpo_config import FlowGRPOConfig
 from .noise_table import load_noise_table
+from .resuming import run_from_hub
 from .rollouts import RolloutMixin
 from .sampler import EpochRepeatSampler
 from .saving import SavingMixin, check_output_dir
@@ -554,23 +557,33 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         Trains, with a last evaluation and the report at the end.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint, or `True` for the last one of
-                `output_dir`. Training goes on exactly as if it had not stopped.
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Where training goes on exactly as if it had not stopped: a checkpoint's directory, `True` for the last one
+                of `output_dir`, or a repository that a run was pushed to with `hub_strategy` `"checkpoint"` or
+                `"all_checkpoints"`: `"user/repo"` for the newest there, with `/checkpoint-<step>` and `@revision` if need
+                be. What the repository holds of the run is then put into `output_dir`.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True, but {self.args.output_dir} holds no checkpoint.")
-        if resume_from_checkpoint:
-            self.check_checkpoint(resume_from_checkpoint)
-            self.args.eval_on_start = False  # it has been done
-        elif self.is_world_process_zero():
+        from_hub = bool(resume_from_checkpoint) and not Path(resume_from_checkpoint).is_dir()
+        if not resume_from_checkpoint and self.is_world_process_zero():
             check_output_dir(self.args.output_dir)
-        self.check_reward_functions()
-        if resume_from_checkpoint:
-            self.check_reward_sources(resume_from_checkpoint)
-        if self.args.precompute_prompts and not self._prompts_precomputed:
-            self.precompute_prompts()
+        with (
+            run_from_hub(self, resume_from_checkpoint) if from_hub else nullcontext(resume_from_checkpoint)
+        ) as checkpoint:
+            if checkpoint:
+                self.check_checkpoint(checkpoint)
+            self.check_reward_functions()
+            if checkpoint:
+                self.check_reward_sources(checkpoint)
+            if self.args.precompute_prompts and not self._prompts_precomputed:
+                self.precompute_prompts()
+        if checkpoint:
+            self.args.eval_on_start = False  # it has been done
+        if from_hub:
+            resume_from_checkpoint = os.path.join(self.args.output_dir, os.path.basename(checkpoint))
         self.write_run_file()
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
