@@ -253,6 +253,26 @@ def test_in_the_last_update_the_run_ends_as_it_would_have(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("eval_strategy", ["steps", "no"])
+def test_the_last_evaluation_does_not_cost_the_weights(tmp_path, monkeypatch, eval_strategy):
+    """That of the loop, and that which follows it: with `save_strategy="no"` nothing else has been saved yet."""
+    monkeypatch.setattr("trl_flow.interruption.ONE_SIGNAL", 0.0)
+    settings = {
+        "max_steps": 2,
+        "eval_strategy": eval_strategy,
+        "eval_steps": 2,
+        "ema_decay": 0.5,
+        "eval_on_start": False,
+    }
+    trainer = make_trainer(tmp_path / "stopped", signalling(signal.SIGINT, signal.SIGINT, call=4), **settings)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    straight = make_trainer(tmp_path / "straight", **settings)
+    straight.train()
+    assert trainer.last_evaluation() is None and straight.last_evaluation() == 2
+    assert adapter(tmp_path / "stopped") == adapter(tmp_path / "straight")
+
+
 def test_after_a_run_that_failed_ctrl_c_is_what_it_was(tmp_path):
     class Failing(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -285,6 +285,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         self._nfe = 0
         self._rows_trained = 0
         self._elapsed = 0.0
+        self._saved_after = None
         if args.ddp_find_unused_parameters is None:
             # Of two denoisers only one is used at a time.
             args.ddp_find_unused_parameters = self.policy.family.unused_layers or len(self.policy.components) > 1
@@ -588,6 +589,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
             if self.eval_dataset is not None and self.last_evaluation() != self.state.global_step:
+                self._save_for_last_evaluation()
                 self.evaluate()
         finally:
             self._reward_threads.close()
@@ -596,6 +598,13 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             write_report(self.args.output_dir)
         self.save_model(_internal_call=True)  # saved, and pushed only when the user says so
         return result
+
+    def _save_for_last_evaluation(self):
+        """Saves what is trained, once: nothing that ends the last evaluation must cost more than its scores."""
+        if self._saved_after != self.state.global_step:
+            self.save_state()
+            self.save_model(_internal_call=True)
+            self._saved_after = self.state.global_step
 
     def precompute_prompts(self):
         """Encodes the prompts of both datasets, or finds them on disk, and moves the encoders off the device."""
@@ -609,7 +618,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
 
 
 class _AfterUpdate(TrainerCallback):
-    """Follows each optimizer step with the moving average."""
+    """Follows each optimizer step with the moving average, and the last one with the weights on disk."""
 
     def __init__(self, trainer: FlowGRPOTrainer):
         self.trainer = trainer
@@ -617,3 +626,5 @@ class _AfterUpdate(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer._ema is not None:
             self.trainer._ema.step(self.trainer._trainable)
+        if state.global_step >= state.max_steps and self.trainer.eval_dataset is not None:
+            self.trainer._save_for_last_evaluation()
