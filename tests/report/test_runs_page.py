@@ -245,7 +245,7 @@ class TestPage:
             "elapsed",
             "nfe",
         ]
-        assert text.count('<svg role="img"') == 3
+        assert text.count('role="img"') == 3
         for label in ("update", "training time (s)", "function evaluations"):
             assert f">{label}</text>" in text
 

@@ -71,6 +71,12 @@ class RunHistory:
             Sample pictures in order of their steps.
         max_steps (`int`):
             Updates that the run was asked for; 0 when unknown.
+        run (`dict`):
+            What the run is (`run.json`): `method`, `base_model`, `rewards`, `eval_rewards`; empty when it was not written.
+        calibration (`dict`):
+            Noise table that the run was given (`calibration.json`), empty without one.
+        ended (`bool`):
+            Whether training has come to its end since the last update in the log.
     """
 
     train: list[dict]
@@ -79,6 +85,14 @@ class RunHistory:
     config: dict = field(default_factory=dict)
     samples: list[Samples] = field(default_factory=list)
     max_steps: int = 0
+    run: dict = field(default_factory=dict)
+    calibration: dict = field(default_factory=dict)
+    ended: bool = False
+
+    @property
+    def step(self) -> int:
+        """Update of the newest entry."""
+        return max(entry["step"] for entry in self.train + self.eval)
 
     def series(self, key: str, kind: str = "train") -> tuple[list[float], list[float]]:
         """Steps and values of one key, where it was logged and is a finite number."""
@@ -102,6 +116,10 @@ class RunHistory:
         """Names of the held-out scores that are not trained on; empty when the log doesn't tell what is trained."""
         trained = self.names(r"rewards/(.+)/mean")
         return [name for name in self.eval_names() if name not in trained] if trained else []
+
+    def tags(self, name: str) -> list[str]:
+        """Tags of the held-out prompts that have scores of one reward, in order of first appearance."""
+        return self.names(rf"eval_tags/(.+)/{re.escape(name)}", "eval")
 
     def alarms(self) -> dict[float, list[str]]:
         """Steps at which reward hacking was signalled, and the scores that had fallen."""
@@ -171,7 +189,7 @@ def load_history(run_dir: str | Path, log_history: Sequence[Mapping] | None = No
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} is not a directory.")
-    max_steps = 0
+    max_steps, ended = 0, False
     if log_history is None:
         state = _newest_state(run_dir)
         log_history, max_steps = state.get("log_history") or [], state.get("max_steps") or 0
@@ -182,11 +200,13 @@ def load_history(run_dir: str | Path, log_history: Sequence[Mapping] | None = No
             continue
         if "train_runtime" in entry:
             summary.update(entry)
+            ended = True
         # Entries of one step are merged: a resumed run logs a step again, and an evaluation may log in parts.
         elif any(key.startswith("eval_") for key in entry):
             evaluations.setdefault(step, {}).update(entry)
         else:
             train.setdefault(step, {}).update(entry)
+            ended = False  # a run that has ended may be asked for more
     if not train and not evaluations:
         raise ValueError(
             f"{run_dir} holds no training log: expected trainer_state.json, or a checkpoint with one, with at least "
@@ -199,6 +219,9 @@ def load_history(run_dir: str | Path, log_history: Sequence[Mapping] | None = No
         config=_load_config(run_dir),
         samples=load_samples(run_dir / "samples"),
         max_steps=max_steps,
+        run=_load_json(run_dir / "run.json"),
+        calibration=_load_json(run_dir / "calibration.json"),
+        ended=ended,
     )
 
 
@@ -274,6 +297,14 @@ def _newest_state(run_dir: Path) -> dict:
         return max((entry.get("step") or 0 for entry in log), default=0), len(log)
 
     return max(states, key=reach, default={})
+
+
+def _load_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _load_config(run_dir: Path) -> dict:

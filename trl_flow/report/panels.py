@@ -30,15 +30,31 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from .history import RunHistory
+from .history import RunHistory, finite
+from .text import format_count
 
 
 # Mid-tones that keep a contrast of 3:1 on white and on near-black, in an order that colour-blind readers can tell apart.
 COLORS = ("#2b7fd4", "#d9730d", "#178f6f", "#b8568f", "#7f6bd1", "#8a7420")
 SHARES = ("clip_ratio", "frac_reward_zero_std")
-PHASES = ("rollout", "decode", "reward", "train")
+PHASES = {
+    "rollout": "sampling",
+    "decode": "decoding",
+    "reward": "rewards",
+    "old_policy": "old policy",
+    "train": "training",
+}
+# Quantities that are shown elsewhere, or that tell a reader nothing.
+FAMILIAR = re.compile(
+    r"(rewards|tags|dense_reward|noise_level|grad_share|advantages|ratio|time)/.*|reward|reward_std|loss|clip_ratio|kl"
+    r"|frac_reward_.*|grad_norm|learning_rate|nfe|images_per_second|rows_trained|epoch|step|total_flos"
+    r"|num_input_tokens_seen"
+)
+MOST_OTHERS = 12
+SCORES_BY_TAG = 3
+MOST_TAGS = 24
 EARLY, LATE = "#8c95a1", "#2b7fd4"
 ALARM = "#c8382e"
 INK, LINE = "#1c1e21", "#d5d8dc"
@@ -60,13 +76,16 @@ class Panel:
         draw (`Callable[[Axes], None]`):
             Draws it.
         section (`str`):
-            Part of the report that it belongs to: `"learning"`, `"credit"` or `"health"`.
+            Part of the report that it belongs to: `"learning"`, `"tags"`, `"credit"`, `"health"` or `"others"`.
+        height (`float`, *optional*):
+            In inches, for a width of 4.3.
     """
 
     title: str
     note: str
     draw: Callable[[Axes], None]
     section: str
+    height: float = PANEL_SIZE[1]
 
 
 def collect_panels(history: RunHistory) -> list[Panel]:
@@ -87,6 +106,7 @@ def collect_panels(history: RunHistory) -> list[Panel]:
     names = history.names(r"rewards/(.+)/mean")
     if len(names) > 1:
         panels += _score_panels(history, names, "train")
+    panels += _tag_panels(history)
 
     for prefix, title, note, reference, as_bars in (
         (
@@ -104,6 +124,13 @@ def collect_panels(history: RunHistory) -> list[Panel]:
             False,
         ),
         (
+            "noise_level",
+            "Noise level per denoising step (ψ)",
+            "How much noise each step adds in training, in units of the sampler's formula.",
+            None,
+            True,
+        ),
+        (
             "grad_share",
             "Gradient share per denoising step",
             "Which steps the update comes from. Steps with little noise tend to drown the others.",
@@ -119,7 +146,9 @@ def collect_panels(history: RunHistory) -> list[Panel]:
         ),
     ):
         indices, rows = history.steps_table(prefix)
-        if rows:
+        if prefix == "noise_level" and rows:
+            panels.append(_noise_panel(history, title, note, indices, rows))
+        elif rows:
             panels.append(
                 Panel(
                     title,
@@ -156,11 +185,17 @@ def collect_panels(history: RunHistory) -> list[Panel]:
             "Groups without signal",
             "Fraction of prompt groups whose pictures all got the same reward; they are left out of the update.",
         ),
+        ("turning_points", "Turning points", "Fraction of steps that are credited with all that follows them."),
+        ("loss", "Loss", "Mean over each update."),
         ("grad_norm", "Gradient norm", "Before clipping."),
         ("learning_rate", "Learning rate", "As scheduled."),
+        ("nfe", "Function evaluations", "Latents through the denoiser since the beginning, sampling and training."),
+        ("images_per_second", "Pictures per second", "Sampled, decoded and scored; without the update."),
     ):
         steps, values = history.series(key)
-        if steps and (key != "learning_rate" or len(set(values)) > 1):
+        # The policy gradient's value is zero but for rounding: only other losses can be read.
+        is_said = key != "loss" or not history.names("(ratio/mean)")
+        if steps and is_said and (key != "learning_rate" or len(set(values)) > 1):
             panels.append(
                 Panel(
                     title,
@@ -169,8 +204,9 @@ def collect_panels(history: RunHistory) -> list[Panel]:
                     "health",
                 )
             )
+    panels += _failure_panel(history)
     phases = [name for name in history.names(r"time/(.+)") if name != "elapsed"]
-    phases.sort(key=lambda name: PHASES.index(name) if name in PHASES else len(PHASES))
+    phases.sort(key=lambda name: list(PHASES).index(name) if name in PHASES else len(PHASES))
     if any(history.series(f"time/{name}")[0] for name in phases):
         panels.append(
             Panel(
@@ -178,6 +214,17 @@ def collect_panels(history: RunHistory) -> list[Panel]:
                 "Seconds of each update, by phase.",
                 lambda axes: _draw_phases(axes, history, phases),
                 "health",
+            )
+        )
+    others = [name for name in history.names(r"(.+)") if not FAMILIAR.fullmatch(name) and name != "turning_points"]
+    curves = [(name, *history.series(name)) for name in others]
+    for name, steps, values in [curve for curve in curves if curve[1]][:MOST_OTHERS]:
+        panels.append(
+            Panel(
+                name,
+                "As logged.",
+                lambda axes, s=steps, v=values: _draw_line(axes, s, v, is_share=False),
+                "others",
             )
         )
     return panels
@@ -189,14 +236,16 @@ def render_svg(panel: Panel) -> str:
 
     Its text and lines take the page's colours (`currentColor` and `var(--line)`), so that it follows a dark theme.
     """
-    figure = Figure(figsize=PANEL_SIZE, layout="constrained")
+    figure = Figure(figsize=(PANEL_SIZE[0], panel.height), layout="constrained")
     # A fixed salt makes the ids, and so the page, the same from one run to the next; the title keeps them apart
     # between the panels of a page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.title}):
         axes = figure.add_subplot()
         _style(axes, SVG_INK, SVG_LINE)
         panel.draw(axes)
-        _legend(axes, SVG_INK)
+        short_ticks(axes)
+        # A long legend gets room of its own.
+        figure.set_figheight(panel.height + 0.22 * max(0, _legend(axes, SVG_INK) - 2))
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     svg = buffer.getvalue()
@@ -207,7 +256,9 @@ def render_svg(panel: Panel) -> str:
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     slug = re.sub(r"\W+", "-", panel.title.lower()).strip("-")
     svg = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{slug}-", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(panel.title)}"', 1).strip()
+    title = f'<title id="{slug}-title">{html.escape(panel.title)}</title>'
+    head, body = svg.split(">", 1)
+    return f'{head} role="img" aria-labelledby="{slug}-title">{title}{body}'.strip()
 
 
 def save_png(panels: Sequence[Panel], path: Path, columns: int = 2) -> None:
@@ -223,8 +274,11 @@ def save_png(panels: Sequence[Panel], path: Path, columns: int = 2) -> None:
         axes = figure.add_subplot(rows, columns, index + 1)
         _style(axes, INK, LINE)
         panel.draw(axes)
+        short_ticks(axes)
         legend_rows = _legend(axes, INK)
-        axes.set_title(panel.title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=9 + 16 * legend_rows)
+        axes.set_title(
+            plain(panel.title, 48), loc="left", color=INK, fontsize=11, fontweight="bold", pad=9 + 16 * legend_rows
+        )
     save_figure(figure, path)
 
 
@@ -252,13 +306,36 @@ def _style(axes: Axes, ink: str, line: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
+def short_ticks(axes: Axes) -> None:
+    """Numbers beside the axes that fit, without an offset or a power of ten that stands apart from them."""
+    for axis in (axes.xaxis, axes.yaxis):
+        formatter = axis.get_major_formatter()
+        if not isinstance(formatter, ScalarFormatter):
+            continue
+        formatter.set_useOffset(False)
+        low, high = axis.get_view_interval()
+        largest = max(abs(low), abs(high))
+        # Three digits have to tell one tick from the next.
+        if largest >= 10_000 and abs(high - low) > 0.05 * largest:
+            axis.set_major_formatter(lambda value, _: ("-" if value < 0 else "") + format_count(abs(value)))
+        elif largest < 1e-3:
+            axis.set_major_formatter(lambda value, _: re.sub(r"e-0?", "e-", f"{value:.2g}"))
+
+
+def plain(text: str, length: int = 40) -> str:
+    """Text that matplotlib does not take for a formula, and that fits."""
+    text = text if len(text) <= length else f"{text[: length - 1]}…"
+    return text.replace("$", r"\$")
+
+
 def _legend(axes: Axes, ink: str) -> int:
     """Legend above the axes, where it hides no data; returns its number of rows."""
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return 0
-    longest = max(map(len, labels))
-    columns = 4 if longest < 9 else 3 if longest < 14 else 2 if longest < 22 else 1
+    labels = [plain(label) for label in labels]
+    # A panel is as wide as some 46 letters, of which a line's sample and the gap after its name take six.
+    columns = max(1, min(4, 46 // (max(map(len, labels)) + 6)))
     axes.legend(
         handles,
         labels,
@@ -471,6 +548,80 @@ def _draw_per_step(
     axes.set_xlabel("denoising step (0 = most noise)")
 
 
+def _noise_panel(history: RunHistory, title: str, note: str, indices: list[int], rows: list[list[float]]) -> Panel:
+    """Noise levels of the newest update, beside those that the calibration of the table began with."""
+    newest = rows[-1]
+    first = history.calibration.get("before", {}).get("noise_level")
+    if isinstance(first, list) and len(first) > max(indices) and all(map(finite, first)):
+        note += " Gray: before calibration."
+    else:
+        first = None
+
+    def draw(axes: Axes) -> None:
+        sides = ([([first[index] for index in indices], EARLY)] if first is not None else []) + [(newest, LATE)]
+        width = 0.8 / len(sides)
+        for number, (levels, color) in enumerate(sides):
+            offset = (number - (len(sides) - 1) / 2) * width
+            axes.bar(np.array(indices) + offset, levels, width * 0.92, color=color)
+        axes.set_xlim(min(indices) - 0.7, max(indices) + 0.7)
+        if len(indices) <= 12:
+            axes.set_xticks(indices)
+        axes.set_xlabel("denoising step (0 = most noise)")
+
+    return Panel(title, note, draw, "credit")
+
+
+def _tag_panels(history: RunHistory) -> list[Panel]:
+    """What each kind of held-out prompt had gained: one panel for each of the first scores."""
+    panels = []
+    for name in history.eval_names()[:SCORES_BY_TAG]:
+        tags = [(tag, history.series(f"eval_tags/{tag}/{name}", "eval")[1]) for tag in history.tags(name)]
+        tags = [(tag, values[0], values[-1]) for tag, values in tags if values]
+        if len(tags) < 2:
+            continue
+        shown = tags[:MOST_TAGS]
+        note = "Mean over the held-out prompts of each tag: a circle at the first evaluation, a dot at the last."
+        note += f" The first {MOST_TAGS} of {len(tags)} tags." if len(tags) > MOST_TAGS else ""
+        height = max(PANEL_SIZE[1], 0.7 + 0.24 * len(shown))
+        panels.append(Panel(f"By tag: {name}", note, lambda axes, t=shown: _draw_tags(axes, t), "tags", height))
+    return panels
+
+
+def _draw_tags(axes: Axes, tags: list[tuple[str, float, float]]) -> None:
+    for place, (_, first, last) in enumerate(tags):
+        color = LATE if last >= first else COLORS[1]
+        axes.plot([first, last], [place, place], color=color, linewidth=1.6)
+        axes.plot(first, place, "o", color=color, markersize=6, fillstyle="none")
+        axes.plot(last, place, "o", color=color, markersize=6)
+    axes.set_ylim(len(tags) - 0.5, -0.5)
+    axes.set_yticks(range(len(tags)), [plain(tag, 20) for tag, _, _ in tags])
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=axes.spines["left"].get_edgecolor(), linewidth=0.7)
+
+
+def _failure_panel(history: RunHistory) -> list[Panel]:
+    """Share of pictures without a score because a reward function failed, where one ever did."""
+    curves = []
+    for prefix, kind, where in (("", "train", ""), ("eval_", "eval", ", held-out")):
+        for name in history.names(rf"{prefix}rewards/(.+)/failed", kind):
+            steps, values = history.series(f"{prefix}rewards/{name}/failed", kind)
+            if any(values):
+                curves.append((name + where, steps, values))
+    if not curves:
+        return []
+    shown = sorted(curves, key=lambda curve: -max(curve[2]))[: len(COLORS)]
+
+    def draw(axes: Axes) -> None:
+        for (name, steps, values), color in zip(shown, COLORS, strict=False):
+            axes.plot(steps, values, color=color, linewidth=1.6, marker=_marker(steps), markersize=3.5, label=name)
+        axes.set_ylim(0, max(0.1, 1.1 * max(max(values) for _, _, values in shown)))
+        axes.set_xlabel("update")
+
+    note = "Fraction of pictures that a reward function could not score; they are left out of the update."
+    return [Panel("Failed rewards", note, draw, "health")]
+
+
 def _draw_ratio(axes: Axes, history: RunHistory) -> None:
     low = dict(zip(*history.series("ratio/min"), strict=True))
     high = dict(zip(*history.series("ratio/max"), strict=True))
@@ -500,10 +651,13 @@ def _draw_phases(axes: Axes, history: RunHistory, phases: list[str]) -> None:
         width = 0.8 * min((b - a for a, b in zip(steps, steps[1:], strict=False)), default=1.0)
         base = np.zeros(len(steps))
         for index, (phase, height) in enumerate(zip(columns, heights, strict=True)):
-            axes.bar(steps, height, width, bottom=base, color=COLORS[index % len(COLORS)], label=phase)
+            label = PHASES.get(phase, phase)
+            axes.bar(steps, height, width, bottom=base, color=COLORS[index % len(COLORS)], label=label)
             base += np.array(height)
     else:
         colors = [COLORS[index % len(COLORS)] for index in range(len(phases))]
-        axes.stackplot(steps, heights, labels=list(columns), colors=colors, linewidth=0)
+        axes.stackplot(
+            steps, heights, labels=[PHASES.get(phase, phase) for phase in columns], colors=colors, linewidth=0
+        )
     axes.set_xlabel("update")
     axes.set_ylabel("seconds")

@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import statistics
@@ -30,7 +29,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
 from rich.markup import escape
 from rich.table import Table
 
@@ -38,7 +36,7 @@ from .comparison import FEW_PROMPTS
 from .grid import image_grid
 from .history import RunHistory, Samples, finite, load_history, paired_difference
 from .page import PICTURES_IN_FILE, PICTURES_IN_PAGE, _inline, _open, _settings
-from .panels import COLORS, INK, LINE, PANEL_SIZE, Panel, _marker, _style, render_svg, save_figure
+from .panels import COLORS, INK, LINE, PANEL_SIZE, Panel, _marker, _style, plain, render_svg, save_figure, short_ticks
 from .template import write_page
 from .text import format_change, format_count, format_duration, format_number
 
@@ -183,7 +181,7 @@ def compare_runs(runs: Sequence[Run], folder: str | Path, title: str | None = No
             (
                 axis,
                 AXES[axis],
-                [(panel, render_svg(replace(panel, title=html.escape(f"{panel.title} {axis}")))) for panel in shown],
+                [(panel, render_svg(replace(panel, title=f"{panel.title} {axis}"))) for panel in shown],
             )
             for axis, shown in panels.items()
         ],
@@ -387,8 +385,6 @@ def _panel(runs: Sequence[Run], name: str, axis: str) -> Panel | None:
             if run.history.rolled_back_to in steps:
                 place = steps.index(run.history.rolled_back_to)
                 axes.plot(positions[place], values[place], "o", color=color, markersize=10, fillstyle="none")
-        if axis == "nfe":
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
         labels = {"step": "update", "elapsed": f"training time ({unit})", "nfe": "function evaluations"}
         axes.set_xlabel(labels[axis])
 
@@ -398,7 +394,8 @@ def _panel(runs: Sequence[Run], name: str, axis: str) -> Panel | None:
 def _save_curves(runs: Sequence[Run], panels: dict[str, list[Panel]], path: Path) -> None:
     """A row for each score, a column for what it is plotted against, one legend above all."""
     rows = min(SCORES_IN_FILE, max(map(len, panels.values())))
-    labels = [run.name if len(run.name) <= 60 else f"...{run.name[-57:]}" for run in runs]
+    # The end of a path tells runs apart.
+    labels = [plain(run.name if len(run.name) <= 60 else f"…{run.name[-59:]}", 60) for run in runs]
     columns = max(1, min(len(runs), int(46 * len(panels) // (max(map(len, labels)) + 6))))
     legend_rows = math.ceil(len(runs) / columns)
     figure = Figure(
@@ -412,15 +409,15 @@ def _save_curves(runs: Sequence[Run], panels: dict[str, list[Panel]], path: Path
             axes = figure.add_subplot(rows, len(panels), row * len(panels) + column + 1)
             _style(axes, INK, LINE)
             panel.draw(axes)
-            title = _plain(panel.title if len(panel.title) <= 48 else f"{panel.title[:45]}...")
-            axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=9)
+            short_ticks(axes)
+            axes.set_title(plain(panel.title, 48), loc="left", color=INK, fontsize=11, fontweight="bold", pad=9)
     handles = []
     for number in range(len(runs)):
         color, dashes = _line(number)
         handles.append(Line2D([], [], color=color, linewidth=2, linestyle=(0, dashes) if dashes else "solid"))
     figure.legend(
         handles,
-        [_plain(label) for label in labels],
+        labels,
         loc="outside upper left",
         ncols=columns,
         frameon=False,
@@ -428,11 +425,6 @@ def _save_curves(runs: Sequence[Run], panels: dict[str, list[Panel]], path: Path
         fontsize=11,
     )
     save_figure(figure, path)
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib does not take for a formula."""
-    return text.replace("$", r"\$")
 
 
 def _shown(runs: Sequence[Run]) -> tuple[list[tuple[str, Run, Samples]], list[list[int]]]:
