@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import json
 import shutil
 from pathlib import Path
 
@@ -20,8 +21,10 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusion3Pipeline
+from hub_metadata import metadata_problems
 from loopback_hub import LoopbackHub
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from pipelines import tiny_sd3
 from safetensors.torch import load_file, save_file
 
@@ -104,6 +107,21 @@ assert main(["push", sys.argv[1], "user/repo", "--private"]) == 0
 assert main(["push", sys.argv[1], "user/repo", "--revision", "second", "--message", "Again"]) == 0
 assert main(["push", sys.argv[1], "user/repo", "--revision", "refs/pr/7"]) == 1
 """
+# The example on the card of the pushed run as it stands; a copy of the repository, and its card again.
+USED = """
+import re, sys
+from huggingface_hub import ModelCard, snapshot_download
+from trl_flow.cli import main
+card = ModelCard.load("user/repo")
+card.validate()
+exec(re.search(r"```python\\n(.*?)```", card.text, re.DOTALL)[1])
+assert pipe.get_active_adapters()
+copy = snapshot_download("user/repo", local_dir="copy")
+assert main(["card", copy]) == 0
+assert open("copy/README.md").read() == card.content
+assert main(["card", copy, "--license", "Apache 2.0"]) == 0
+assert main(["push", copy, "user/bad"]) == 1
+"""
 
 
 @pytest.fixture(scope="module")
@@ -143,17 +161,44 @@ class TestPush:
             assert "could not be pushed to user/repo: The Hub knows no such" in pushed.stderr
             files = hub.files("model", "user/repo")
             assert files == first.files == hub.files("model", "user/repo", "second")
+            used = hub.run(USED, cwd=tmp_path)
+            assert 'Invalid metadata in README.md. - "license" must be one of [apache-2.0' in " ".join(
+                used.stderr.split()
+            )
+            assert "user/bad" in used.stderr and "Nothing was committed" in used.stderr
+            assert hub.files("model", "user/bad").keys() == {".gitattributes"}
+            with Image.open(tmp_path / "image.png") as image:
+                assert image.size == (32, 32)
         expected = {"adapter_model.safetensors", "adapter_config.json", "pytorch_lora_weights.safetensors"}
-        expected |= {"README.md", "config.yaml", "run.json", "trainer_state.json", "curves.png", "before_after.png"}
+        expected |= {
+            "README.md",
+            "card.json",
+            "config.yaml",
+            "run.json",
+            "trainer_state.json",
+            "curves.png",
+            "before_after.png",
+        }
         assert expected <= files.keys()
         assert any(name.startswith("samples/") for name in files) and any(name.startswith("images/") for name in files)
         assert (run / "checkpoint-1" / "rollout_state_0.pt").is_file() and (run / "training_args.bin").is_file()
         assert not [name for name in files if name.endswith((".pt", ".pth", ".bin")) or "checkpoint" in name]
         for name, content in files.items():
-            assert name in (".gitattributes", "README.md") or (run / name).read_bytes() == content
+            assert name in (".gitattributes", "README.md", "card.json") or (run / name).read_bytes() == content
         card = files["README.md"].decode()
-        assert 'load_lora_weights("user/repo")' in card and "path/to/" not in card
+        assert 'load_lora_weights("user/repo")' in card and "path/to/" not in card and "\n# repo\n" in card
         assert 'load_lora_weights("path/to/first")' in (run / "README.md").read_text()
+
+    def test_the_card_names_the_repository_that_it_goes_to(self, run, tmp_path):
+        """Also where the run has another one of its own."""
+        mine = shutil.copytree(run, tmp_path / "mine")
+        assert cli.main(["card", str(mine), "--hub_model_id", "me/mine"]) == 0
+        with LoopbackHub() as hub:
+            hub.run("import sys\nfrom trl_flow.cli import main\nmain(['push', sys.argv[1], 'user/repo'])", mine)
+            files = hub.files("model", "user/repo")
+        assert b'load_lora_weights("user/repo")' in files["README.md"] and b"me/mine" not in files["README.md"]
+        assert json.loads(files["card.json"])["hub_model_id"] == "user/repo"
+        assert "me/mine" in (mine / "README.md").read_text()
 
     def test_refusals(self, run, tmp_path, capsys):
         assert cli.main(["push", str(run)]) == 1
@@ -163,3 +208,40 @@ class TestPush:
         (tmp_path / "run.json").write_text("{}")
         assert cli.main(["push", str(tmp_path), "user/repo"]) == 1
         assert "holds nothing that was trained yet" in capsys.readouterr().err
+
+
+class TestCard:
+    def test_what_training_wrote(self, run, tmp_path, capsys):
+        copy = shutil.copytree(run, tmp_path / "copy")
+        (copy / "README.md").unlink()
+        shutil.rmtree(copy / "images")
+        assert cli.main(["card", str(copy)]) == 0
+        assert f"Card:  {copy / 'README.md'}" in capsys.readouterr().out
+        for name in ("README.md", "card.json", "images/sample_0.png"):
+            assert (copy / name).read_bytes() == (run / name).read_bytes()
+        card = (copy / "README.md").read_text()
+        assert metadata_problems(card) == ([], [])
+        for fact in (
+            "license: apache-2.0",
+            "- Prompts: `shapes`",
+            "Updates: 1",
+            "trl-flow flow-grpo --config config.yaml",
+        ):
+            assert fact in card
+        # As it was typed, less where things were.
+        assert "\ntrl-flow flow-grpo --config config.yaml --output_dir first\n" in card
+        assert str(run.parent) not in card + (copy / "card.json").read_text()
+
+    def test_other_words(self, run, tmp_path):
+        copy = shutil.copytree(run, tmp_path / "copy")
+        arguments = ["--hub_model_id", "user/repo", "--model_name", "Red circles", "--license", "cc-by-4.0"]
+        assert cli.main(["card", str(copy), *arguments]) == 0
+        card = (copy / "README.md").read_text()
+        for text in ("\n# Red circles\n", 'load_lora_weights("user/repo")', "license: cc-by-4.0"):
+            assert text in card
+
+    def test_refusals(self, tmp_path, capsys):
+        assert cli.main(["card"]) == 1
+        assert "name the directory of a run" in capsys.readouterr().err
+        assert cli.main(["card", str(tmp_path)]) == 1
+        assert "holds no card.json" in capsys.readouterr().err

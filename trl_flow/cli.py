@@ -43,6 +43,7 @@ COMMANDS = {
         "env": "print versions and hardware, for bug reports",
     },
     "Publish": {
+        "card": "write a run's model card again, for another repository, name or licence",
         "push": "push a finished run to the Hub: adapter, card, pictures, curves, settings",
         "convert": "write an adapter in the layout of PEFT, diffusers or ComfyUI, or merge it",
     },
@@ -94,7 +95,7 @@ def run(command: str, args: list[str]) -> int:
     from .interruption import Interrupted
 
     try:
-        run_training(command, *parsed)
+        run_training(command, *parsed, words=args)
     except Interrupted as interruption:
         return interruption.exit_code  # it has said itself how to go on
     return 0

@@ -18,10 +18,11 @@ import re
 
 import pytest
 import yaml
+from hub_metadata import metadata_problems
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from trl_flow.hub import create_model_card
+from trl_flow.hub import create_model_card, write_model_card
 
 
 PAPER = {
@@ -94,12 +95,12 @@ class TestCreateModelCard:
                 assert image.size == (256, 256)
 
     def test_scores(self, tmp_path):
-        card = make_card(tmp_path)
+        card = make_card(tmp_path, reward_names=["strict"], eval_reward_names=["partial"])
         results = {result.metric_type: result.metric_value for result in card.data.eval_results}
         assert results == {"strict": 0.52, "partial": 0.798}, "NaN is no valid metadata"
         # 1.96 * 0.5 / sqrt(512) = 0.0433
-        assert "| `strict` | 0.479 ± 0.043 | 0.520 ± 0.043 | +0.041 |" in card.text
-        assert "| `partial` | 0.744 | 0.798 | +0.054 |" in card.text
+        assert "| `strict` | trained on | 0.479 ± 0.043 | 0.520 ± 0.043 | +0.041 |" in card.text
+        assert "| `partial` | only watched | 0.744 | 0.798 | +0.054 |" in card.text
         assert "512 pictures" in card.text
         assert "nan" not in card.text.lower().split()
 
@@ -114,8 +115,10 @@ class TestCreateModelCard:
         metrics = {"before": {"strict": 0.8 / 3, "partial": 0.1}, "after": {"strict": 1.4 / 3, "partial": 0.2}}
         text = make_card(tmp_path, metrics=metrics).text
         # Differences 0.2, 0, 0.4: mean 0.2, 1.96 * 0.2 / sqrt(3) = 0.226.
-        assert "| `strict` | 0.267 | 0.467 | +0.200 ± 0.23 |" in text
-        assert "| `partial` | 0.100 | 0.200 | +0.100 |" in text, "of other evaluations than those on disk"
+        assert "| `strict` | only watched | 0.267 | 0.467 | +0.200 ± 0.23 |" in text
+        assert "| `partial` | only watched | 0.100 | 0.200 | +0.100 |" in text, (
+            "of other evaluations than those on disk"
+        )
 
     def test_usage_example_is_python_with_the_call_arguments(self, tmp_path):
         code = re.search(r"```python\n(.*?)```", make_card(tmp_path).text, re.DOTALL)[1]
@@ -154,6 +157,9 @@ class TestCreateModelCard:
         loaded = 'pipe.transformer = SD3Transformer2DModel.from_pretrained("user/adapter", subfolder="transformer")'
         assert loaded in code.splitlines() and "import DiffusionPipeline, SD3Transformer2DModel" in code
         assert "load_adapter" not in code and "load_lora_weights" not in code
+        data = ModelCard.load(tmp_path / "README.md").data
+        assert data.base_model_relation == "finetune" and "lora" not in data.tags
+        assert "holds the trained transformer, all of its weights" in text and "stored" not in text
 
     def test_the_formats_that_were_saved_decide(self, tmp_path):
         (tmp_path / "adapter_model.safetensors").touch()
@@ -208,6 +214,169 @@ class TestCreateModelCard:
         assert card.data.license is None
         assert "``," not in card.text
         ast.parse(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1])
+
+
+def scores(**means):
+    """Of 100 pictures each, of standard deviation 0.5: half an interval is 0.098, that of a change 0.139."""
+    return {name: {"mean": mean, "std": 0.5, "n": 100} for name, mean in means.items()}
+
+
+class TestRewardHacking:
+    @pytest.mark.parametrize(
+        "before, after, texts",
+        [
+            (
+                scores(trained=0.2, beauty=0.9, text=0.9),
+                scores(trained=0.6, beauty=0.6, text=0.85),
+                [
+                    "**A sign of reward hacking:** `beauty` (-0.300 ± 0.14), which was only watched, fell beyond the 95 % "
+                    "interval while `trained` (+0.400 ± 0.14), trained on, rose.",
+                    "`text` (-0.050 ± 0.14), only watched, did not fall beyond the 95 % interval.",
+                ],
+            ),
+            (
+                scores(trained=0.2, beauty=0.9),
+                scores(trained=0.1, beauty=0.6),
+                [
+                    "`beauty` (-0.300 ± 0.14), only watched, fell beyond the 95 % interval, and what was trained on did not"
+                ],
+            ),
+            (
+                scores(trained=0.2, beauty=0.5),
+                scores(trained=0.6, beauty=0.45),
+                [
+                    "`beauty` (-0.050 ± 0.14), only watched, did not fall beyond the 95 % interval: no sign of reward hacking."
+                ],
+            ),
+            (
+                {"trained": 0.2, "beauty": 0.9},
+                {"trained": 0.6, "beauty": 0.1},
+                ["How much of the change of `beauty` (-0.800), only watched, is chance is not known."],
+            ),
+            ({}, scores(trained=0.6, beauty=0.6), ["There are no scores of `beauty` and `text` before and after"]),
+        ],
+    )
+    def test_what_the_scores_say(self, tmp_path, before, after, texts):
+        names = {"reward_names": ["trained"], "eval_reward_names": ["beauty", "text"]}
+        card = make_card(tmp_path, metrics={"before": before, "after": after}, **names).text
+        note = card.partition("## Reward hacking\n\n")[2].partition("\n\n## Limits")[0]
+        assert all(text in note for text in texts)
+        assert ("sign of reward hacking:**" in note) == (texts[0].startswith("**"))
+
+    def test_nothing_was_watched(self, tmp_path):
+        assert "## Reward hacking\n\nNo reward was watched that was not trained on" in make_card(tmp_path).text
+
+
+class TestCommand:
+    def test_line_and_config(self, tmp_path):
+        text = make_card(tmp_path, command="trl-flow dense-grpo --config config.yaml", command_line="trl-flow x").text
+        assert "```bash\ntrl-flow dense-grpo --config config.yaml\n```" in text and "```bash\ntrl-flow x\n```" in text
+
+    def test_python(self, tmp_path):
+        text = make_card(tmp_path, command="trainer.train()").text
+        assert "started from Python" in text and "```python\ntrainer.train()\n```" in text and "```bash" not in text
+
+
+class TestWriteModelCard:
+    def test_the_same_from_what_is_on_disk(self, tmp_path):
+        write_samples(tmp_path)
+        Image.new("RGB", (8, 8)).save(tmp_path / "curves.png")
+        make_card(tmp_path, reward_sources={"shapes": {"directory": "/home/me/shapes", "revision": "abc"}})
+        card, facts = (tmp_path / "README.md").read_bytes(), (tmp_path / "card.json").read_bytes()
+        for file in (tmp_path / "README.md", *tmp_path.glob("images/*")):
+            file.unlink()
+        assert write_model_card(tmp_path) == tmp_path / "README.md"
+        assert (tmp_path / "README.md").read_bytes() == card and (tmp_path / "card.json").read_bytes() == facts
+        assert len(list(tmp_path.glob("images/*.png"))) == 3
+        assert b"secret" not in facts and b"/home" not in facts and b"directory" in facts
+
+    def test_changes_are_kept(self, tmp_path):
+        make_card(tmp_path)
+        write_model_card(tmp_path, hub_model_id="other/place", license="mit")
+        data = ModelCard.load(write_model_card(tmp_path)).data
+        text = (tmp_path / "README.md").read_text()
+        assert 'load_lora_weights("other/place")' in text and "\n# place\n" in text and "user/adapter" not in text
+        assert data.license == "mit"
+        write_model_card(tmp_path, model_name="Title")
+        assert "\n# Title\n" in (tmp_path / "README.md").read_text()
+
+    def test_pictures_of_updates_that_a_run_went_back_from(self, tmp_path):
+        write_samples(tmp_path)
+        folder = tmp_path / "samples" / "step_000030"
+        folder.mkdir()
+        Image.new("RGB", (32, 32)).save(folder / "000.png")
+        folder.with_suffix(".json").write_text(json.dumps({"prompts": ["later"], "scores": {}}))
+        assert [entry["text"] for entry in make_card(tmp_path, steps=30).data.widget] == ["later"]
+        assert "later" not in make_card(tmp_path, steps=20).content
+
+    def test_where_there_is_nothing_to_make_it_of(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"holds no card.json.*expected the output directory of a run"):
+            write_model_card(tmp_path)
+        (tmp_path / "card.json").write_text("{")
+        with pytest.raises(ValueError, match="is no JSON"):
+            write_model_card(tmp_path)
+        (tmp_path / "card.json").write_text("[]")
+        with pytest.raises(ValueError, match="is not what training writes"):
+            write_model_card(tmp_path)
+        make_card(tmp_path)
+        with pytest.raises(ValueError, match="steps: expected hub_model_id, model_name or license"):
+            write_model_card(tmp_path, steps=3)
+
+    def test_arguments_that_python_cannot_write(self, tmp_path):
+        given = {"num_inference_steps": 4, "size": (8, 8), "text": 'a "b"', "hook": print, "none": None}
+        code = re.search(r"```python\n(.*?)```", make_card(tmp_path, call_arguments=given).text, re.DOTALL)[1]
+        call = next(n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "pipe")
+        values = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg not in ("prompt", "generator")}
+        assert values == {"num_inference_steps": 4, "size": (8, 8), "text": 'a "b"'}
+
+
+class TestMetadata:
+    def test_the_hub_accepts_it(self, tmp_path):
+        write_samples(tmp_path)
+        assert metadata_problems(make_card(tmp_path).content) == ([], [])
+
+    @pytest.mark.parametrize(
+        "wrong, message",
+        [
+            ("license: Apache 2.0", '"license" must be one of [apache-2.0, mit,'),
+            ("pipeline_tag: text-to-picture", '"pipeline_tag" must be one of'),
+            ("base_model: /home/me/base", '"base_model" with value "/home/me/base" is not valid'),
+            ("base_model_relation: child", '"base_model_relation" must be one of'),
+            ("tags: lora", '"tags" must be an array'),
+            ("tags: [1]", '"tags[0]" must be a string'),
+            ("datasets: [./prompts.txt]", '"datasets[0]" with value "./prompts.txt" is not valid'),
+            ("library_name: [diffusers]", '"library_name" must be a string'),
+            ("widget: {text: a}", '"widget" must be an array'),
+            ("widget: [{text: a, output: {}}]", '"widget[0].output.url" is required'),
+            ("widget: [{output: {url: a.png}}]", '"widget[0].text" must be a string'),
+            ("model-index: [{results: []}]", '"model-index[0].name" is required'),
+            (
+                "model-index: [{name: a, results: [{task: {type: t}, dataset: {name: d}, metrics: [{type: m, value: 1}]}]}]",
+                '"model-index[0].results[0].dataset.type" is required',
+            ),
+            (
+                "model-index: [{name: a, results: [{task: {type: t}, dataset: {type: d, name: d}, metrics: "
+                "[{type: m, value: .nan}]}]}]",
+                '"model-index[0].results[0].metrics[0].value" is required',
+            ),
+            ("tags: [", "Invalid YAML"),
+        ],
+    )
+    def test_what_the_hub_refuses(self, wrong, message):
+        errors, _ = metadata_problems(f"---\n{wrong}\n---\n# Card\n")
+        assert len(errors) == 1 and errors[0].startswith(message)
+
+    @pytest.mark.parametrize("license", ["license: mit", "license: [mit, apache-2.0]"])
+    def test_licences_of_base_models(self, tmp_path, license):
+        base = tmp_path / "base"
+        base.mkdir()
+        (base / "README.md").write_text(f"---\n{license}\nlicense_name: 3\n---\n")
+        card = make_card(tmp_path / "run", base_model=str(base), license=None)
+        assert metadata_problems(card.content) == ([], [])
+        assert card.data.license == yaml.safe_load(license)["license"]
+
+    def test_the_licence_of_shapes(self, tmp_path):
+        assert make_card(tmp_path, base_model="shapes", license=None).data.license == "apache-2.0"
 
 
 def test_where_the_rewards_came_from(tmp_path):

@@ -15,7 +15,7 @@
 """What leaves a run for the Hub: the adapter in both formats, and its model card."""
 
 from .adapter import load_adapter, save_adapter, supports_diffusers_format
-from .model_card import create_model_card
+from .model_card import create_model_card, write_model_card
 from .weights import holds_policy, load_policy, load_trained, read_adapter, save_policy
 
 
@@ -29,4 +29,5 @@ __all__ = [
     "save_adapter",
     "save_policy",
     "supports_diffusers_format",
+    "write_model_card",
 ]

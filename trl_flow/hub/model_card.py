@@ -25,6 +25,7 @@ import os
 import platform
 import re
 import textwrap
+from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -46,6 +47,7 @@ from .adapter import DIFFUSERS_WEIGHTS_NAME, HUB_ID
 logger = logging.get_logger(__name__)
 
 PACKAGES = ("trl-flow", "trl", "diffusers", "transformers", "peft", "accelerate", "datasets", "torch")
+CARD_FILE = "card.json"
 GALLERY_SIZE = 4
 GALLERY_PIXELS = 256
 
@@ -81,13 +83,18 @@ def create_model_card(
     nfe: int | None = None,
     hardware: str | None = None,
     diffusers_format: bool | None = None,
+    command: str | None = None,
+    command_line: str | None = None,
 ) -> Path:
     """
-    Write `README.md`, the model card of the adapter in `output_dir`.
+    Write `README.md`, the model card of the adapter in `output_dir`, and `card.json`, what it was made from.
 
     Pictures are taken from the directory when they are there: `curves.png` and `before_after.png`, as
     [`~trl_flow.report.write_report`] leaves them, and the newest pictures under `samples/`, which become the gallery
     (enlarged copies in `images/`).
+
+    Both files are for everybody to read: tokens are left out, and of absolute paths all but the name.
+    [`write_model_card`] makes the card again from `card.json`.
 
     Args:
         output_dir (`str` or `Path`):
@@ -145,72 +152,182 @@ def create_model_card(
         guider_scale (`float`, *optional*):
             Guidance scale, for pipelines that take it from their guider.
         steps, seconds, nfe, hardware (*optional*):
-            Updates, seconds of training, velocities evaluated, and what it ran on (found by itself).
+            Updates, seconds of training, velocities evaluated, and what it ran on (found by itself). Pictures of later
+            updates than `steps` are those of an adapter that the run left behind.
         diffusers_format (`bool`, *optional*):
             Whether `load_lora_weights` can load the adapter ([`~trl_flow.hub.supports_diffusers_format`]). Defaults to
             what [`~trl_flow.hub.save_adapter`] has written to the directory.
+        command (`str`, *optional*):
+            What repeats the run with the `config.yaml` in its directory: a command line of `trl-flow`, or Python.
+        command_line (`str`, *optional*):
+            The command line as it was typed, where there was one, without tokens.
 
     Returns:
-        `Path`: the file written.
+        `Path`: the card.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    datasets = [datasets] if isinstance(datasets, str) else list(datasets or [])
-    paper = paper or {}
     base_model = str(base_model)
-    base_is_hub_id = bool(HUB_ID.fullmatch(base_model)) and not os.path.isdir(base_model)
-    model_name = model_name or (hub_model_id or str(output_dir.resolve())).rstrip("/").split("/")[-1]
-    if base_model:
-        base_name = base_model if base_is_hub_id else Path(base_model).name
-        load_expression = load_expression or f"DiffusionPipeline.from_pretrained({json.dumps(base_name)})"
-    else:
-        base_name = pipeline_class_name
-        load_expression = load_expression or "...  # the pipeline that was trained"
-
+    is_hub_id = bool(HUB_ID.fullmatch(base_model)) and not os.path.isdir(base_model)
+    datasets = [datasets] if isinstance(datasets, str) else list(datasets or [])
     if diffusers_format is None:
         peft_alone = (output_dir / SAFETENSORS_WEIGHTS_NAME).is_file()
         diffusers_format = (output_dir / DIFFUSERS_WEIGHTS_NAME).is_file() or not peft_alone
+    facts = {
+        "model_name": model_name or _repository_name(hub_model_id or str(output_dir.resolve())),
+        "hub_model_id": hub_model_id,
+        "license": {"license": license} if license else _base_license(base_model),
+        # A name without a slash is nobody's id on the Hub.
+        "base_model": base_model if is_hub_id else Path(base_model).name,
+        "load_expression": load_expression,
+        "pipeline_class_name": pipeline_class_name,
+        "pipeline_tag": pipeline_tag,
+        "component": component,
+        "second_component": second_component,
+        "complete_class": complete_class,
+        "diffusers_format": diffusers_format,
+        "scheduler": scheduler,
+        "guider_scale": guider_scale,
+        "call_arguments": _literals(call_arguments or {}),
+        "prompts": list(prompts),
+        "tags": list(tags),
+        "method_name": method_name,
+        "paper": dict(paper or {}),
+        "datasets": [Path(name).name if os.path.exists(name) else name for name in datasets],
+        "reward_names": list(reward_names),
+        "eval_reward_names": list(eval_reward_names),
+        "reward_sources": {name: dict(source) for name, source in (reward_sources or {}).items()},
+        "metrics": metrics or {},
+        "steps": steps,
+        "seconds": seconds,
+        "nfe": nfe,
+        "hardware": hardware or describe_hardware(),
+        "versions": _versions(),
+        "config": _settings(config),
+        "command": command,
+        "command_line": command_line,
+    }
+    _write(output_dir / CARD_FILE, card_json(_public(facts)))
+    return write_model_card(output_dir)
 
-    metrics = metrics or {}
-    before, after = metrics.get("before") or {}, metrics.get("after") or {}
-    score_rows = _score_rows(before, after, load_samples(output_dir / "samples"))
-    widget = _gallery(output_dir)
-    prompts = list(prompts) or [entry["text"] for entry in widget] or ["a photo of a red cube on a blue table"]
 
-    licence = {"license": license} if license else _base_license(base_model)
+def write_model_card(output_dir: str | Path, **changes) -> Path:
+    """
+    Write `README.md` again from the `card.json`, the sample pictures and the curves in a run's directory, or in a copy of
+    its repository.
+
+    Args:
+        output_dir (`str` or `Path`):
+            The directory.
+        changes:
+            `hub_model_id`, `model_name` or `license` to say something else than before, as in [`create_model_card`]; they
+            are kept in `card.json`.
+
+    Returns:
+        `Path`: the card.
+
+    Raises:
+        FileNotFoundError: there is no `card.json`.
+        ValueError: it is not one.
+    """
+    output_dir = Path(output_dir)
+    facts = load_card_facts(output_dir, **changes)
+    for _, image, source in _gallery(output_dir, facts["steps"]):
+        _enlarge(source, output_dir / image)
+    if any(changes.values()):
+        _write(output_dir / CARD_FILE, card_json(facts))
+    path = output_dir / "README.md"
+    _write(path, render_model_card(output_dir, facts))
+    return path
+
+
+def load_card_facts(output_dir: str | Path, **changes) -> dict:
+    """What `card.json` holds, with the changes that [`write_model_card`] takes."""
+    path = Path(output_dir) / CARD_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{output_dir} holds no {CARD_FILE}, from which a model card is made: expected the output directory of a run "
+            "that has saved, or a copy of its repository."
+        )
+    try:
+        facts = json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON ({error}). Training writes it when it saves.") from error
+    if not isinstance(facts, dict) or "pipeline_class_name" not in facts:
+        raise ValueError(f"{path} is not what training writes: expected a mapping with the facts of a model card.")
+    for name in changes:
+        if name not in ("hub_model_id", "model_name", "license"):
+            raise ValueError(f"{name}: expected hub_model_id, model_name or license.")
+    if changes.get("hub_model_id"):
+        facts["hub_model_id"] = changes["hub_model_id"]
+        facts["model_name"] = _repository_name(changes["hub_model_id"])
+    if changes.get("model_name"):
+        facts["model_name"] = changes["model_name"]
+    if changes.get("license"):
+        facts["license"] = {"license": changes["license"]}
+    return facts
+
+
+def card_json(facts: Mapping) -> str:
+    """The facts as `card.json` holds them."""
+    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+
+
+def render_model_card(output_dir: str | Path, facts: Mapping) -> str:
+    """The model card of the facts and of the pictures in a run's directory, as text."""
+    output_dir = Path(output_dir)
+    base_model, model_name, paper = facts["base_model"], facts["model_name"], facts["paper"]
+    base_is_hub_id = bool(HUB_ID.fullmatch(base_model))
+    base_name = base_model or facts["pipeline_class_name"]
+    load_expression = facts["load_expression"] or (
+        f"DiffusionPipeline.from_pretrained({json.dumps(base_model)})"
+        if base_model
+        else "...  # the pipeline that was trained"
+    )
+    complete = facts["complete_class"] is not None
+    datasets, reward_names, sources = facts["datasets"], facts["reward_names"], facts["reward_sources"]
+    before, after = facts["metrics"].get("before") or {}, facts["metrics"].get("after") or {}
+    samples = [s for s in load_samples(output_dir / "samples") if facts["steps"] is None or s.step <= facts["steps"]]
+    rows = _score_rows(before, after, reward_names, samples)
+    gallery = _gallery(output_dir, facts["steps"])
+    widget = [{"text": prompt, "output": {"url": image}} for prompt, image, _ in gallery]
+    prompts = facts["prompts"] or [entry["text"] for entry in widget] or ["a photo of a red cube on a blue table"]
+
+    tags = {"trl-flow", "trl", "reinforcement-learning", "grpo", "diffusers", *facts["tags"]}
     card_data = ModelCardData(
         base_model=base_model if base_is_hub_id else None,
-        base_model_relation="adapter" if base_is_hub_id else None,
+        base_model_relation=("finetune" if complete else "adapter") if base_is_hub_id else None,
         library_name="diffusers",
-        pipeline_tag=pipeline_tag,
-        tags=sorted({"trl-flow", "trl", "lora", "reinforcement-learning", "grpo", "diffusers", *tags}),
+        pipeline_tag=facts["pipeline_tag"],
+        tags=sorted(tags if complete else {*tags, "lora"}),
         datasets=[name for name in datasets if HUB_ID.fullmatch(name)] or None,
         model_name=model_name,
-        eval_results=_eval_results(after, datasets, pipeline_tag) or None,
+        eval_results=_eval_results(after, datasets, facts["pipeline_tag"]) or None,
         widget=widget or None,
-        **licence,
+        **facts["license"],
     )
 
-    training_lines = [f"Method: {method_name}" + (f", {paper['title']}" if paper.get("title") else "")]
+    training_lines = [f"Method: {facts['method_name']}" + (f", {paper['title']}" if paper.get("title") else "")]
     if datasets:
         training_lines.append("Prompts: " + ", ".join(_link_dataset(name) for name in datasets))
-    sources = reward_sources or {}
-    for title, names in (("Rewards", reward_names), ("Watched, never trained on", eval_reward_names)):
+    for title, names in (("Rewards", reward_names), ("Watched, never trained on", facts["eval_reward_names"])):
         if names:
             training_lines.append(f"{title}: " + ", ".join(_reward_text(name, sources.get(name)) for name in names))
-    if steps is not None:
-        training_lines.append(f"Updates: {steps:,}")
-    if nfe is not None:
-        training_lines.append(f"Function evaluations (latents through the {component}, sampling): {int(nfe):,}")
-    if seconds is not None:
-        training_lines.append(f"Time: {format_duration(seconds)}")
-    training_lines.append(f"Hardware: {hardware or describe_hardware()}")
+    if facts["steps"] is not None:
+        training_lines.append(f"Updates: {facts['steps']:,}")
+    if facts["nfe"] is not None:
+        counted = f"latents through the {facts['component']}, sampling"
+        training_lines.append(f"Function evaluations ({counted}): {int(facts['nfe']):,}")
+    if facts["seconds"] is not None:
+        text = format_duration(facts["seconds"])
+        training_lines.append(f"Time: {text}" + (f" ({facts['seconds']:,.0f} s)" if facts["seconds"] >= 60 else ""))
+    training_lines.append(f"Hardware: {facts['hardware']}")
 
     sample_count = {score["n"] for score in after.values() if isinstance(score, Mapping) and score.get("n")}
     scores_text = "Held-out prompts, the same initial noise before and after"
     if len(sample_count) == 1:
         scores_text += f", {int(sample_count.pop()):,} pictures"
-    if any("±" in row["after"] for row in score_rows):
+    if any("±" in row["after"] for row in rows):
         scores_text += "; mean ± half of the 95 % interval, paired for the change"
     template = importlib.resources.files("trl_flow.hub").joinpath("templates/model_card.md").read_text("utf-8")
     card = ModelCard.from_template(
@@ -221,37 +338,39 @@ def create_model_card(
         base_model_url=f"https://huggingface.co/{base_model}" if base_is_hub_id else None,
         rewards_text=_join([f"`{name}`" for name in reward_names]) or "a reward function",
         reward_count=len(reward_names),
-        method_name=method_name,
+        method_name=facts["method_name"],
         paper_url=f"https://huggingface.co/papers/{paper['id']}" if paper.get("id") else None,
-        component=component,
-        pipeline_class_name=pipeline_class_name,
+        component=facts["component"],
+        complete_class=facts["complete_class"],
+        pipeline_class_name=facts["pipeline_class_name"],
         has_gallery=bool(widget),
         snippet=_snippet(
             load_expression,
-            hub_model_id or ("path/to/" + model_name),
+            facts["hub_model_id"] or ("path/to/" + model_name),
             prompts[0],
-            dict(call_arguments or {}),
-            component,
-            diffusers_format,
-            pipeline_tag,
-            scheduler,
-            second_component,
-            complete_class,
-            guider_scale,
+            facts["call_arguments"],
+            facts["component"],
+            facts["diffusers_format"],
+            facts["pipeline_tag"],
+            facts["scheduler"],
+            facts["second_component"],
+            facts["complete_class"],
+            facts["guider_scale"],
         ),
-        diffusers_format=diffusers_format,
-        score_rows=score_rows,
+        diffusers_format=facts["diffusers_format"],
+        score_rows=rows,
         scores_text=scores_text + ".",
+        hacking_text=_hacking_text(rows, reward_names, facts["eval_reward_names"]),
         before_after_picture="before_after.png" if (output_dir / "before_after.png").is_file() else None,
         curves_picture="curves.png" if (output_dir / "curves.png").is_file() else None,
         training_lines=training_lines,
-        config_yaml=_config_yaml(config),
-        versions=_versions(),
+        command=facts["command"],
+        command_line=facts["command_line"],
+        config_yaml=_yaml(facts["config"]),
+        versions=facts["versions"],
         citation=textwrap.dedent(paper.get("citation") or "").strip(),
     )
-    path = output_dir / "README.md"
-    card.save(path)
-    return path
+    return str(card)
 
 
 def describe_hardware() -> str:
@@ -279,25 +398,75 @@ def _mean_and_half_interval(score: float | Mapping | None) -> tuple[float, float
     return mean, 1.96 * std / math.sqrt(n) if std is not None and n else None
 
 
-def _score_rows(before: Mapping, after: Mapping, samples: list[Samples]) -> list[dict[str, str]]:
+def _score_rows(before: Mapping, after: Mapping, trained: Sequence[str], samples: list[Samples]) -> list[dict]:
+    """Lines of the table, those of trained rewards first; `delta` and `half_interval` are the change as numbers."""
+    names = list(dict.fromkeys([*before, *after]))
     rows = []
-    for name in [*before, *(name for name in after if name not in before)]:
-        row = {"name": f"`{name}`", "before": "", "after": "", "change": ""}
-        means = {}
+    for name in sorted(names, key=lambda name: trained.index(name) if name in trained else len(trained)):
+        row = {"name": f"`{name}`", "trained": name in trained, "before": "", "after": "", "change": "", "delta": None}
+        means, halves = {}, {}
         for key, scores in (("before", before), ("after", after)):
             mean, half_interval = _mean_and_half_interval(scores.get(name))
             if not math.isfinite(mean):
                 continue
-            means[key] = mean
+            means[key], halves[key] = mean, half_interval
             row[key] = format_number(mean) + (f" ± {half_interval:.2g}" if half_interval is not None else "")
         if len(means) == 2:
-            row["change"] = format_change(means["after"] - means["before"])
+            row["delta"] = means["after"] - means["before"]
+            row["change"] = format_change(row["delta"])
             paired = paired_change(samples, name)
             # Not when the pictures on disk are of other evaluations than the scores.
-            if paired is not None and math.isclose(paired[0], means["after"] - means["before"], abs_tol=1e-4):
+            if paired is not None and math.isclose(paired[0], row["delta"], abs_tol=1e-4):
+                row["half_interval"] = paired[1]
                 row["change"] += f" ± {paired[1]:.2g}"
+            else:
+                # That of two independent means, which is wider.
+                row["half_interval"] = None if None in halves.values() else math.hypot(*halves.values())
         rows.append(row)
     return rows
+
+
+def _hacking_text(rows: list[dict], reward_names: Sequence[str], watched_names: Sequence[str]) -> str:
+    """What the scores say of reward hacking: a trained reward that rises while a watched one falls beyond its noise."""
+    if not watched_names:
+        return (
+            "No reward was watched that was not trained on: these scores cannot tell a better picture from one that "
+            "only pleases what was trained on."
+        )
+    watched = [row for row in rows if not row["trained"] and row["delta"] is not None]
+    if not watched:
+        names = _join([f"`{name}`" for name in watched_names])
+        return (
+            f"There are no scores of {names} before and after: whether what was only watched has fallen is not known."
+        )
+
+    def listed(rows: list[dict]) -> str:
+        halves = [f" ± {row['half_interval']:.2g}" if row["half_interval"] is not None else "" for row in rows]
+        return _join(
+            [f"{row['name']} ({format_change(row['delta'])}{h})" for row, h in zip(rows, halves, strict=True)]
+        )
+
+    rose = [row for row in rows if row["trained"] and row["delta"] is not None and row["delta"] > 0]
+    known = [row for row in watched if row["half_interval"] is not None]
+    fell = [row for row in known if row["delta"] + row["half_interval"] < 0]
+    sentences = []
+    if fell and rose:
+        sentences.append(
+            f"**A sign of reward hacking:** {listed(fell)}, which {'were' if len(fell) > 1 else 'was'} only watched, fell "
+            f"beyond the 95 % interval while {listed(rose)}, trained on, rose."
+        )
+    elif fell:
+        sentences.append(
+            f"{listed(fell)}, only watched, fell beyond the 95 % interval, and what was trained on did not rise."
+        )
+    if kept := [row for row in known if row not in fell]:
+        sentences.append(
+            f"{listed(kept)}, only watched, did not fall beyond the 95 % interval"
+            + ("." if fell else ": no sign of reward hacking. What nobody watched may have fallen.")
+        )
+    if unknown := [row for row in watched if row["half_interval"] is None]:
+        sentences.append(f"How much of the change of {listed(unknown)}, only watched, is chance is not known.")
+    return " ".join(sentences)
 
 
 def _eval_results(after: Mapping, datasets: list[str], task: str) -> list[EvalResult]:
@@ -318,31 +487,29 @@ def _eval_results(after: Mapping, datasets: list[str], task: str) -> list[EvalRe
     ]
 
 
-def _gallery(output_dir: Path) -> list[dict]:
-    steps = sorted(path for path in (output_dir / "samples").glob("step_*") if path.is_dir())
-    if not steps:
-        return []
-    description = steps[-1].with_suffix(".json")
-    prompts = json.loads(description.read_text()).get("prompts", []) if description.is_file() else []
-    widget = []
-    for index, prompt in enumerate(prompts[:GALLERY_SIZE]):
-        source = steps[-1] / f"{index:03d}.png"
-        if not source.is_file():
-            continue
-        with Image.open(source) as image:
-            image = image.convert("RGB")
-        factor = math.ceil(GALLERY_PIXELS / max(image.size))
-        if factor > 1:
-            image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-        target = output_dir / "images" / f"sample_{index}.png"
-        target.parent.mkdir(exist_ok=True)
-        image.save(target)
-        widget.append({"text": prompt, "output": {"url": f"images/{target.name}"}})
-    return widget
+def _gallery(output_dir: Path, last_step: int | None) -> list[tuple[str, str, Path]]:
+    """Prompts, places of their pictures in the repository, and the samples that these are made of."""
+    newest = [s for s in load_samples(output_dir / "samples") if last_step is None or s.step <= last_step][-1:]
+    pictures = [pair for s in newest for pair in zip(s.prompts, s.paths, strict=True) if pair[0]][:GALLERY_SIZE]
+    return [(prompt, f"images/sample_{number}.png", path) for number, (prompt, path) in enumerate(pictures)]
+
+
+def _enlarge(source: Path, target: Path):
+    with Image.open(source) as image:
+        image = image.convert("RGB")
+    factor = math.ceil(GALLERY_PIXELS / max(image.size))
+    if factor > 1:
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    target.parent.mkdir(exist_ok=True)
+    image.save(target)
 
 
 @lru_cache(maxsize=8)
-def _base_license(base_model: str) -> dict[str, str]:
+def _base_license(base_model: str) -> dict[str, str | list[str]]:
+    if base_model == "shapes":
+        from ..shapes import PIPELINE_PATH
+
+        base_model = str(PIPELINE_PATH)
     try:
         if os.path.isdir(base_model):
             text = Path(base_model, "README.md").read_text("utf-8")
@@ -357,7 +524,7 @@ def _base_license(base_model: str) -> dict[str, str]:
         logger.info(f"The licence of {base_model} could not be read: {error}")
         return {}
     fields = ("license", "license_name", "license_link")
-    return {field: str(data.get(field)) for field in fields if data.get(field)}
+    return {field: data.get(field) for field in fields if isinstance(data.get(field), (str, list))}
 
 
 def _hub_card(repo_id: str) -> str:
@@ -421,7 +588,7 @@ def _snippet(
     arguments = [f"prompt={json.dumps(prompt, ensure_ascii=False)}"]
     if pipeline_tag.startswith("image"):
         arguments.append('image=load_image("picture.png")')
-    arguments += [f"{name}={value!r}" for name, value in call_arguments.items() if value is not None]
+    arguments += [f"{name}={value}" for name, value in call_arguments.items()]
     arguments.append('generator=torch.Generator("cpu").manual_seed(0)')
     call = ", ".join(arguments)
     output = "frames[0]" if "video" in pipeline_tag else "images[0]"
@@ -438,24 +605,62 @@ def _snippet(
     return "\n".join(lines)
 
 
-def _config_yaml(config: Mapping | None) -> str | None:
-    if not config:
-        return None
+def _settings(config: Mapping | None) -> dict:
     # Of transformers' hundred settings, those at their default would hide the ones that make this run.
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-    settings = {
+    return {
         name: value
-        for name, value in public_settings(config).items()
+        for name, value in public_settings(config or {}).items()
         if name not in defaults or value != defaults[name]
     }
+
+
+def _yaml(settings: Mapping) -> str | None:
     return yaml.safe_dump(settings, sort_keys=True, allow_unicode=True, width=110).strip() if settings else None
 
 
-def _versions() -> list[tuple[str, str]]:
-    versions = [("Python", platform.python_version())]
+def _literals(arguments: Mapping) -> dict[str, str]:
+    """Arguments as Python writes them; those that it cannot write, such as a function, are left out."""
+    written = {}
+    for name, value in arguments.items():
+        try:
+            known = value is not None and literal_eval(repr(value)) == value
+        except (ValueError, SyntaxError):
+            continue
+        if known:
+            written[name] = repr(value)
+    return written
+
+
+def _public(value):
+    """As JSON and for everybody to read: where things are on this machine is nobody's business."""
+    if isinstance(value, Mapping):
+        return {str(key): _public(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_public(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str) and os.path.isabs(value):
+        return Path(value).name
+    return value
+
+
+def _write(path: Path, text: str):
+    # Whoever is killed, or pushes at this moment, leaves or finds the old text or the new one.
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, "utf-8")
+    part.replace(path)
+
+
+def _repository_name(place: str) -> str:
+    return place.rstrip("/").split("/")[-1]
+
+
+def _versions() -> dict[str, str]:
+    versions = {"Python": platform.python_version()}
     for name in PACKAGES:
         try:
-            versions.append((name, importlib.metadata.version(name)))
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
@@ -471,8 +676,7 @@ def _reward_text(name: str, source: Mapping[str, str] | None) -> str:
             place = f"https://huggingface.co/{'spaces/' if kind == 'space' else ''}{value}"
             parts.append(f"{kind} [{value}]({place}{f'/tree/{revision}' if revision else ''})")
         else:
-            # Where it lies on this machine is nobody's business.
-            parts.append(f"{kind} {Path(value).name if os.path.isabs(value) else value}")
+            parts.append(f"{kind} {value}")
     if revision:
         parts.append(f"at `{revision}`")
     return f"`{name}`" + (f" ({', '.join(parts)})" if parts else "")

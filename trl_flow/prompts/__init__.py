@@ -14,5 +14,5 @@
 
 """Prompt sets as datasets with a `prompt` column."""
 
-from .loading import as_prompts, load_prompts, parse_columns
+from .loading import as_prompts, load_prompts, parse_columns, prompts_name
 from .sets import PROMPT_SETS, PromptSet

@@ -96,11 +96,32 @@ def load_prompts(
             raise ValueError(f"{option}={value!r}: {name} is {kind} and takes none. Leave it out.")
 
     if named is not None:
-        return _load_named(name, split, num_prompts, revision)
-    if os.path.isfile(name):
+        dataset = _load_named(name, split, num_prompts, revision)
+    elif os.path.isfile(name):
         dataset = _renamed(_load_file(name, split), columns, name)
-        return dataset if num_prompts is None else dataset.select(range(min(num_prompts, len(dataset))))
-    return _load_repository(name, split, config, num_prompts, columns, revision)
+        dataset = dataset if num_prompts is None else dataset.select(range(min(num_prompts, len(dataset))))
+    else:
+        dataset = _load_repository(name, split, config, num_prompts, columns, revision)
+    dataset.info.dataset_name = name
+    return dataset
+
+
+def prompts_name(dataset: str | os.PathLike | Dataset | IterableDataset | None) -> str | None:
+    """
+    What the prompts are known by.
+
+    Args:
+        dataset (`str`, `Dataset` or `IterableDataset`): A name, or what [`load_prompts`] or `datasets` loaded by one.
+
+    Returns:
+        `str` or `None`: a name as [`load_prompts`] takes it, or as `datasets` keeps it, which is not the Hub id; `None` for
+        a dataset that was made in memory.
+    """
+    if dataset is None or isinstance(dataset, (str, os.PathLike)):
+        return None if dataset is None else os.fspath(dataset)
+    name = dataset.info.dataset_name
+    # Where there is no name of its own, `datasets` keeps that of the format.
+    return name if name != dataset.info.builder_name else None
 
 
 def parse_columns(columns: list[str] | None) -> dict[str, str] | None:

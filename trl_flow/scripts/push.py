@@ -15,8 +15,6 @@
 """`trl-flow push`: a finished run to a repository on the Hub."""
 
 import argparse
-import json
-import re
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -92,15 +90,6 @@ def check_run(run: str) -> Path:
     return folder
 
 
-def run_card(folder: Path, repo_id: str) -> str:
-    """The run's model card, whose example loads from the repository."""
-    card = folder / "README.md"
-    if not card.is_file():
-        raise ValueError(f"run={folder} has no model card (README.md).")
-    # Whatever the directory was called when the card was written.
-    return re.sub(r'"path/to/[^"\n]+"', json.dumps(repo_id), card.read_text("utf-8"))
-
-
 def push(args: PushArguments) -> str:
     """
     Push everything in one commit, so that a repository is never half of one run and half of another.
@@ -111,23 +100,26 @@ def push(args: PushArguments) -> str:
     import httpx2
     from huggingface_hub import create_repo
 
-    from ..hub.uploading import TRAINING_ARGUMENTS, PushError, explain, push_files, retried, run_files, stage
+    from ..hub.model_card import CARD_FILE, card_json, load_card_facts, render_model_card
+    from ..hub.uploading import TRAINING_ARGUMENTS, PushError, explain, push_files, retried, run_files
 
     folder = check_run(args.run)
+    # The card names the repository that it goes to, whatever it named before.
+    facts = load_card_facts(folder, hub_model_id=args.repo_id)
     # The settings are in config.yaml, and a pickle is nothing to load from a stranger.
     files = {name: path for name, path in run_files(folder).items() if Path(name).name != TRAINING_ARGUMENTS}
-    card = run_card(folder, args.repo_id)
-    staging = tempfile.mkdtemp()
+    staging = Path(tempfile.mkdtemp())
     try:
-        files |= stage({"README.md": folder / "README.md"}, staging, lambda name: False)
-        files["README.md"].write_text(card, "utf-8")
+        for name, text in (("README.md", render_model_card(folder, facts)), (CARD_FILE, card_json(facts))):
+            files[name] = staging / name
+            files[name].write_text(text, "utf-8")
         repository = retried(
             lambda: create_repo(args.repo_id, private=args.private or None, exist_ok=True),
             f"making the repository {args.repo_id}",
         )
         message = args.message or f"Push {folder.resolve().name}"
         return push_files(files, repository.repo_id, message, revision=args.revision).commit_url
-    except httpx2.HTTPError as error:
+    except (httpx2.HTTPError, ValueError) as error:  # ValueError: the Hub does not accept the card
         raise PushError(
             f"{args.run} could not be pushed to {args.repo_id}: {explain(error)} Nothing was committed."
         ) from error

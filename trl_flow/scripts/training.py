@@ -14,13 +14,12 @@
 
 """What the training commands share: parser, run directory, training, and the last words."""
 
-import dataclasses
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
@@ -28,7 +27,13 @@ from transformers import TrainerCallback
 import trl_flow
 
 from ..interruption import InterruptionCallback
-from ..rewards.loading import public_reward
+from ..trainer.run_config import (
+    family_settings,
+    own_fields,
+    public_command_line,
+    resolved_config,
+    write_config,
+)
 from .arguments import FlowScriptArguments, TrainingScriptArguments
 from .methods import METHODS
 from .parser import FlowParser
@@ -72,17 +77,6 @@ TRAINING_SETTINGS = {
     ],
 }
 
-# Settings that say how a run was started, not what it is, and deprecated twins of others.
-NOT_PART_OF_A_RUN = {
-    "dry_run",
-    "resume_from_checkpoint",
-    "local_rank",
-    "ddp_backend",
-    "disable_tqdm",
-    "gradient_checkpointing",
-    "gradient_checkpointing_kwargs",
-}
-
 
 def make_training_parser(command: str) -> FlowParser:
     """
@@ -106,71 +100,6 @@ def make_training_parser(command: str) -> FlowParser:
     )
 
 
-def own_fields(config_class: type) -> list[str]:
-    """Names of the settings that trl-flow's config classes introduce, those of the method first."""
-    owners = {}
-    for kind in reversed(config_class.__mro__):
-        for name in kind.__dict__.get("__annotations__", {}):
-            owners.setdefault(name, kind)
-    names = [field.name for field in dataclasses.fields(config_class) if field.init]
-    ours = [kind for kind in config_class.__mro__ if kind.__module__.partition(".")[0] == "trl_flow"]
-    return [name for kind in ours for name in names if owners[name] is kind]
-
-
-def resolved_config(script_args: FlowScriptArguments, training_args: Any) -> dict[str, Any]:
-    """
-    The settings of a run, complete enough to repeat it: all of ours, and those of the base class that differ from
-    their defaults. Tokens are left out.
-    """
-    ours = set(own_fields(type(training_args)))
-    fields = {field.name: field for field in dataclasses.fields(training_args)}
-    values = {
-        name: value
-        for name, value in training_args.to_dict().items()
-        if name in ours or name == "output_dir" or not _is_default(fields[name], value)
-    }
-    values = {**dataclasses.asdict(script_args), **values}
-    for name in ("reward_funcs", "eval_reward_funcs"):
-        if values[name]:
-            values[name] = [public_reward(reward) for reward in values[name]]
-    # None is left out where it is what an absent setting becomes, and kept where it stands for something else.
-    fields |= {field.name: field for field in dataclasses.fields(script_args)}
-    kept = {
-        name: value
-        for name, value in values.items()
-        if not (value is None and _default(fields[name]) is None)
-        and not name.endswith("_token")
-        and name not in NOT_PART_OF_A_RUN
-    }
-    # Through JSON: enums, tuples and paths become what YAML writes without Python tags.
-    return json.loads(json.dumps(kept, default=str))
-
-
-def _is_default(field: dataclasses.Field, value: Any) -> bool:
-    from transformers.trainer_pt_utils import AcceleratorConfig
-
-    # Not by comparison with a second, default config: making one would reset the state of the process group.
-    default = _default(field)
-    if field.name == "accelerator_config":
-        return value == AcceleratorConfig().to_dict()
-    if value == []:
-        return default in ("", "none")  # what `debug` and `report_to` become
-    return value == getattr(default, "value", default)
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default_factory() if field.default is dataclasses.MISSING else field.default
-
-
-def write_config(config: dict[str, Any], command: str) -> Path:
-    """Write `config.yaml` into the run's directory."""
-    path = Path(config["output_dir"]) / "config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = f"# trl-flow {trl_flow.__version__}: `trl-flow {command} --config {path} --output_dir ELSEWHERE` repeats this run.\n"
-    path.write_text(head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110))
-    return path
-
-
 def default_rewards(script_args: FlowScriptArguments) -> list[str]:
     """The rewards that were asked for; the embedded world brings its own."""
     if script_args.reward_funcs:
@@ -182,7 +111,9 @@ def default_rewards(script_args: FlowScriptArguments) -> list[str]:
     )
 
 
-def run_training(command: str, script_args: TrainingScriptArguments, training_args: Any) -> None:
+def run_training(
+    command: str, script_args: TrainingScriptArguments, training_args: Any, words: Sequence[str] | None = None
+) -> None:
     """
     Train, save, report; or, of a dry run, tell what would be done.
 
@@ -193,6 +124,8 @@ def run_training(command: str, script_args: TrainingScriptArguments, training_ar
             Model, adapter, rewards and prompts.
         training_args ([`FlowGRPOConfig`]):
             Config of the method.
+        words (`Sequence[str]`, *optional*):
+            The command's arguments as they were typed.
 
     Raises:
         Interrupted: After Ctrl-C or SIGTERM, when the checkpoint is saved.
@@ -215,6 +148,8 @@ def run_training(command: str, script_args: TrainingScriptArguments, training_ar
     config = resolved_config(script_args, training_args)
 
     trainer = make_trainer(getattr(trl_flow, METHODS[command].trainer), script_args, training_args)
+    trainer.command = f"trl-flow {command} --config config.yaml --output_dir runs/again"
+    trainer.command_line = None if words is None else public_command_line([command, *words])
     # What the model asks for where nothing was said: the run is repeated with it.
     config |= {name: trainer.policy.call_arguments[name] for name in default_call_arguments(trainer.base_model)}
     config |= family_settings(trainer.policy)
@@ -243,17 +178,6 @@ def resume_command(command: str, training_args: Any) -> str:
     if training_args.world_size > 1:
         line += f" (and the same launch arguments: {training_args.world_size} processes)"
     return line
-
-
-def family_settings(policy) -> dict[str, Any]:
-    """What the pipeline's family gave where nothing was said: it is written down, as records may change."""
-    sizes = ("height", "width", "num_frames")
-    settings = {name: policy.call_arguments[name] for name in sizes if name in policy.call_arguments}
-    if policy.family.guidance is not None:
-        settings["guidance_scale"] = policy.guidance_scale
-    if policy.negative_prompt is not None:
-        settings["negative_prompt"] = policy.negative_prompt
-    return settings
 
 
 class _WriteConfig(TrainerCallback):

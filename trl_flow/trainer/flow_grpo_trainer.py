@@ -149,6 +149,16 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             name = model if isinstance(model, str) else type(model).__name__
             args = self._config_class(output_dir=f"{Path(name).name}-{self._name}")
         self._given_args = args
+        self.given = {
+            "model": model,
+            "reward_funcs": reward_funcs,
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "eval_reward_funcs": eval_reward_funcs,
+            "callbacks": callbacks,
+            "optimizers": optimizers,
+            "peft_config": peft_config,
+        }
         # A copy: what is filled in below is not the caller's business.
         self.args = args = copy.copy(self._config_class.from_config(args))
 

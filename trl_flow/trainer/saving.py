@@ -45,7 +45,9 @@ from ..hub.uploading import (
     run_files,
     stage,
 )
+from ..prompts import prompts_name
 from ..report import write_report
+from .run_config import python_call, python_config, write_config
 
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,9 @@ class SavingMixin:
     _pushing: ThreadPoolExecutor | None = None  # one push at a time
     _waiting: Future | None = None  # the push that is to follow the present one
     _pushed_checkpoints: frozenset[str] = frozenset()
+    # Of a run from the command line: what repeats it, and what was typed.
+    command: str | None = None
+    command_line: str | None = None
 
     def last_evaluation(self) -> int | None:
         return next((entry["step"] for entry in reversed(self.state.log_history) if "eval_reward" in entry), None)
@@ -149,6 +154,9 @@ class SavingMixin:
             file = Path(self.args.output_dir) / RUN_FILE
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(run, indent=2) + "\n")
+            if self.command is None:
+                config, missing = python_config(self, self.given)
+                write_config(config, self._tag_names[-1], missing)
             if isinstance(self.args.noise_level, str):
                 # The run's own copy: the table belongs to what is pushed.
                 table = Path(self.args.noise_level)
@@ -408,6 +416,13 @@ class SavingMixin:
             for name, denoiser in self.policy.denoisers.items()
         )
 
+    @property
+    def dataset_names(self) -> list[str]:
+        """What the prompts are known by, those to train on first; empty where they were made in memory."""
+        datasets = [self.given["train_dataset"], self.train_dataset, self.given["eval_dataset"], self.eval_dataset]
+        names = [prompts_name(dataset) for dataset in datasets]
+        return list(dict.fromkeys(name for name in names if name is not None))
+
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
         if not self.is_world_process_zero():
             return
@@ -424,7 +439,7 @@ class SavingMixin:
             pipeline_class_name=type(self.policy.pipeline).__name__,
             method_name=self._name,
             paper=self._paper,
-            datasets=dataset_name,
+            datasets=self.dataset_names if dataset_name is None else dataset_name,
             reward_names=self.reward_names,
             eval_reward_names=self.eval_reward_names,
             reward_sources=self.reward_sources,
@@ -469,6 +484,8 @@ class SavingMixin:
             steps=self.state.global_step,
             seconds=self._elapsed,
             nfe=self._nfe,
+            command=self.command or python_call(self, self.given),
+            command_line=self.command_line,
         )
 
 
@@ -511,7 +528,7 @@ class _Push:
         repo_id = self.trainer.hub_model_id
         try:
             commit = push_files(self.files, repo_id, **self.arguments)
-        except (httpx2.HTTPError, OSError) as error:
+        except (httpx2.HTTPError, OSError, ValueError) as error:  # ValueError: the Hub does not accept the card
             raise self.trainer._push_error(error, repo_id, self.arguments["revision"]) from error
         finally:
             self.discard()
