@@ -223,7 +223,7 @@ def compared_leaves(leaves: torch.Tensor, num_leaves: int) -> list[int]:
 
     Args:
         leaves (`torch.Tensor` of shape `(S, G, K)`): Positions of the leaves that credit each transition.
-        num_leaves (`int`): L.
+        num_leaves (`int`): How many there are, L.
 
     Returns:
         `list[int]`: One for each of L leaves.

@@ -23,7 +23,12 @@ def seeded_noise(*key, num_draws: int, latent_shape: tuple[int, ...]) -> torch.T
     """
     Standard normal noise of shape `(num_draws, *latent_shape)`, float32 on the CPU.
 
-    It is a function of `key` alone (seed, rollout, prompt ...): the same whatever the batch, the device or the process.
+    It is a function of `key` alone: the same whatever the batch, the device or the process.
+
+    Args:
+        key: Of anything with a text: seed, rollout, prompt ...
+        num_draws (`int`): Number of latents.
+        latent_shape (`tuple[int, ...]`): Of one of them.
     """
     return torch.randn(num_draws, *latent_shape, generator=_generator(key))
 
@@ -32,6 +37,10 @@ def seeded_subsets(*key, num_subsets: int, num_items: int, size: int) -> torch.T
     """
     Random subsets as a mask of shape `(num_subsets, num_items)`, each row with `size` of its items, as a function of
     `key` alone.
+
+    Args:
+        key: As for [`seeded_noise`].
+        num_subsets, num_items, size (`int`): How many subsets, of how many items, with how many of them.
     """
     order = torch.rand(num_subsets, num_items, generator=_generator(key)).argsort(1)
     return torch.zeros(num_subsets, num_items, dtype=torch.bool).scatter(1, order[:, :size], True)

@@ -198,6 +198,11 @@ def tail_waypoints(index: int, num_steps: int, tail_steps: int | str) -> list[in
 
     The paper's tail from timestep t passes the timesteps ..., floor(2t/n), floor(t/n), 0. With n >= t, or `"full"`,
     these are all the remaining steps of the grid.
+
+    Args:
+        index (`int`): Where the tail begins.
+        num_steps (`int`): T, the number of steps of the grid.
+        tail_steps (`int` or `"full"`): n.
     """
     remaining = num_steps - index
     n = remaining if tail_steps == "full" else min(tail_steps, remaining)
@@ -213,6 +218,11 @@ def stride_waypoints(index: int, num_steps: int, stride: int) -> list[int]:
     paper's eq. 10 anchors the progression at the clean end instead (timesteps 1, 1 + l, ..., with a last element that
     is generally not in the progression); it needs as many evaluations, but here all granularities of a branch share
     the first two, because the fine step is common to them.
+
+    Args:
+        index (`int`): Where the branch is.
+        num_steps (`int`): T, the number of steps of the grid.
+        stride (`int`): Indices between two points of the tail, of which the first is one index after the branch.
     """
     waypoints = list(range(index + 1, num_steps + 1, stride))
     return [*waypoints[:-1], num_steps]
@@ -225,8 +235,14 @@ def chain_plan(
     Flow-GRPO, DanceGRPO and MixGRPO: one chain per group member, stochastic at `sde_steps`, each credited with its
     outcome.
 
-    Members that start from one noise share every step before the first stochastic one. `solver` is that of the steps
-    after the last stochastic one, see [`Plan.tail`].
+    Members that start from one noise share every step before the first stochastic one.
+
+    Args:
+        num_steps (`int`): T, the number of steps of the grid.
+        num_generations (`int`): G, the number of members of the group.
+        sde_steps (`Collection[int]`): Indices of the stochastic steps, all of which are trained.
+        same_initial_noise (`bool`, *optional*, defaults to `False`): Whether they start from one noise.
+        solver (`str`, *optional*, defaults to `"euler"`): Of the steps after the last stochastic one, see [`Plan.tail`].
     """
     plan = Plan(num_steps)
     for nodes in _chains(plan, num_generations, sde_steps, same_initial_noise, solver):
@@ -249,6 +265,11 @@ def dense_plan(
     Each transition's leaves are (tail of x_t, tail of x_{t-1}): the rewards R_t and R_{t-1} of eq. 9. After the last
     stochastic step a chain goes on without noise, so with Euler's full tails it is its own tail. Where no tail uses it
     (cheaper tails after that step), the rest of the chain is not sampled.
+
+    Args:
+        num_steps, num_generations, sde_steps, same_initial_noise (as for [`chain_plan`]): The chains.
+        tail_steps (`int` or `"full"`, *optional*, defaults to `"full"`): Steps of a tail, see [`tail_waypoints`].
+        solver (`str`, *optional*, defaults to `"euler"`): Of the tails, see [`Plan.tail`].
     """
     plan = Plan(num_steps)
     ends = sorted({index for step in sde_steps for index in (step, step + 1)})
@@ -270,6 +291,12 @@ def branch_plan(num_steps: int, num_generations: int, sde_steps, strides=(1,)) -
     `num_generations` stochastic children, each followed by one tail per stride. The trunk ends at the last branch.
 
     Each transition's leaves are its tails, in the order of `strides`.
+
+    Args:
+        num_steps (`int`): T, the number of steps of the grid.
+        num_generations (`int`): G, the number of members of the group.
+        sde_steps (`Collection[int]`): Indices where the trunk branches.
+        strides (`Sequence[int]`, *optional*, defaults to `(1,)`): Of the tails of a branch, see [`stride_waypoints`].
     """
     plan = Plan(num_steps)
     trunk = plan.start()
@@ -289,7 +316,12 @@ def branch_plan(num_steps: int, num_generations: int, sde_steps, strides=(1,)) -
 
 def forward_plan(num_steps: int, num_generations: int, steps) -> Plan:
     """
-    DiffusionNFT and AWM: deterministic chains whose clean latents are trained by the forward process at `steps`.
+    DiffusionNFT and AWM: deterministic chains whose clean latents are trained by the forward process.
+
+    Args:
+        num_steps (`int`): T, the number of steps of the grid.
+        num_generations (`int`): G, the number of members of the group.
+        steps (`Collection[int]`): Indices to whose sigma the clean latents are noised.
     """
     plan = Plan(num_steps)
     leaves = [plan.tail(plan.start(), range(1, num_steps + 1)) for _ in range(num_generations)]
