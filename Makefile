@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := trl_flow tests examples benchmarks
+SOURCES := trl_flow tests examples benchmarks docs/conf.py docs/extensions
 
 # The models here are tiny: on a busy machine more threads than one make them slower, not faster.
 OMP_NUM_THREADS ?= 1
@@ -22,7 +22,7 @@ export OMP_NUM_THREADS
 PYTEST_ARGS ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow models quality format clean
+.PHONY: help install demo test test-slow models docs linkcheck quality format clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,13 @@ test-slow: $(INSTALLED)  ## run the slow tests
 
 models: $(INSTALLED)  ## find out again which of diffusers' pipelines train, for docs/models.md
 	$(BIN)/python benchmarks/models.py
+
+docs: $(INSTALLED)  ## build the documentation into build/docs; what it warns of is an error
+	$(BIN)/python -m sphinx -E -b html -W --keep-going -d build/doctrees docs build/docs
+	@echo "Open build/docs/index.html"
+
+linkcheck: $(INSTALLED)  ## ask the servers whether what the documentation links to is there
+	$(BIN)/python -m sphinx -b linkcheck -d build/doctrees docs build/linkcheck
 
 quality: $(INSTALLED)  ## check lint and formatting
 	$(BIN)/ruff check $(wildcard $(SOURCES))
