@@ -29,15 +29,16 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from .. import __version__
-from ..prompts import prompts_name
+from ..prompts import PROMPT_SETS, prompts_name
 from ..rewards import reward_name
-from ..rewards.loading import parse_reward, public_reward
+from ..rewards.loading import is_directory, parse_reward, public_reward
 
 
 CONFIG_FILE = "config.yaml"
 # Settings that say how a run was started, not what it is, and deprecated twins of others.
 NOT_PART_OF_A_RUN = {
     "dry_run",
+    "print_config",
     "resume_from_checkpoint",
     "local_rank",
     "ddp_backend",
@@ -45,6 +46,8 @@ NOT_PART_OF_A_RUN = {
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
 }
+# Settings that may name a file or a directory.
+_MAYBE_PATHS = ("model_name_or_path", "adapter_name_or_path", "dataset_name", "eval_dataset_name", "noise_level")
 # Names of settings whose values are nobody's business.
 _SECRET = re.compile(r"--\w*(token|key|password)(=.*)?", re.DOTALL)
 
@@ -62,8 +65,8 @@ def own_fields(config_class: type) -> list[str]:
 
 def resolved_config(script_args: Any, training_args: Any) -> dict[str, Any]:
     """
-    The settings of a run, complete enough to repeat it: all of ours, and those of the base class that differ from
-    their defaults. Tokens are left out.
+    The settings of a run, complete enough to repeat it from any directory: all of ours, and those of the base class that
+    differ from their defaults. Paths are absolute; tokens are left out.
 
     Args:
         script_args (dataclass, *optional*):
@@ -83,7 +86,8 @@ def resolved_config(script_args: Any, training_args: Any) -> dict[str, Any]:
         fields |= {field.name: field for field in dataclasses.fields(script_args)}
     for name in ("reward_funcs", "eval_reward_funcs"):
         if values.get(name):
-            values[name] = [public_reward(reward) for reward in values[name]]
+            values[name] = [_absolute_reward(public_reward(reward)) for reward in values[name]]
+    values |= {name: _absolute(values[name]) for name in _MAYBE_PATHS if name in values}
     # None is left out where it is what an absent setting becomes, and kept where it stands for something else.
     kept = {
         name: value
@@ -96,15 +100,28 @@ def resolved_config(script_args: Any, training_args: Any) -> dict[str, Any]:
     return json.loads(json.dumps(kept, default=str))
 
 
+def _absolute(name: Any) -> Any:
+    """The absolute path of a file or directory; what has a name of its own, or is nowhere here, as it is."""
+    named = not isinstance(name, str) or name == "shapes" or name in PROMPT_SETS
+    return name if named or not os.path.exists(name) else os.path.abspath(name)
+
+
+def _absolute_reward(reward: str) -> str:
+    name, settings = parse_reward(reward)
+    if not is_directory(name):
+        return reward
+    return json.dumps({os.path.abspath(name): settings}) if settings else os.path.abspath(name)
+
+
 def _is_default(field: dataclasses.Field, value: Any) -> bool:
     from transformers.trainer_pt_utils import AcceleratorConfig
 
     # Not by comparison with a second, default config: making one would reset the state of the process group.
     default = _default(field)
     if field.name == "accelerator_config":
-        return value == AcceleratorConfig().to_dict()
+        return value.items() <= AcceleratorConfig().to_dict().items()
     if value == []:
-        return default in ("", "none")  # what `debug` and `report_to` become
+        return default in ("", "none", [])  # what `debug` and `report_to` become
     return value == getattr(default, "value", default)
 
 
@@ -144,8 +161,12 @@ def write_config(config: dict[str, Any], command: str, missing: Sequence[str] = 
     )
     head = f"# trl-flow {__version__}: `trl-flow {command} --config {path} --output_dir ELSEWHERE` {repeats}.\n"
     head += "".join(f"# Not here: {' '.join(line.split())}\n" for line in missing)
-    path.write_text(head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110))
+    path.write_text(head + as_yaml(config))
     return path
+
+
+def as_yaml(config: dict[str, Any]) -> str:
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110)
 
 
 def public_command_line(words: Sequence[str]) -> str:
@@ -182,9 +203,10 @@ def python_config(trainer, given: dict[str, Any]) -> tuple[dict[str, Any], list[
     """
     config, missing = {"model_name_or_path": given["model"]}, []
     if not isinstance(given["model"], str):
-        # None, as a command without a model would train another one.
-        config["model_name_or_path"] = trainer.base_model or None
-        missing.append(f"model, a {type(given['model']).__name__} in memory")
+        # Without a name a command would train another model; with this one it says what is missing.
+        name = f"{type(given['model']).__name__} in memory"
+        config["model_name_or_path"] = trainer.base_model or name
+        missing.append(f"model, a {name}")
     for argument in ("reward_funcs", "eval_reward_funcs"):
         rewards = given[argument]
         rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [] if rewards is None else [rewards]
@@ -268,7 +290,7 @@ def _reward_spec(reward: Any) -> str | dict | None:
 def _described(value: Any) -> str:
     if isinstance(value, Dataset):
         name = prompts_name(value)
-        return f"{len(value)} rows" + (f" of {name}" if name else "")
+        return f"{len(value)} rows" + (f" of {Path(name).name if os.path.isabs(name) else name}" if name else "")
     if isinstance(value, LoraConfig):
         settings = _differences(LoraConfig(), value)
         settings = {key: sorted(entry) if isinstance(entry, set) else entry for key, entry in settings.items()}
