@@ -58,6 +58,7 @@ def frozen_heap():
 def no_report(monkeypatch):
     """The report has tests of its own."""
     monkeypatch.setattr("trl_flow.trainer.flow_grpo_trainer.write_report", lambda output_dir: None)
+    monkeypatch.setattr("trl_flow.report.live.write_report", lambda *args, **kwargs: None)
 
 
 @pytest.fixture

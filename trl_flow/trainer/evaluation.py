@@ -26,6 +26,8 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from ..credit import combine_rewards
+from ..report.history import Samples
+from ..report.tracking import samples_grid
 from ..rollout import Plan, execute, seeded_noise
 from .rollouts import means_by_tag
 
@@ -45,12 +47,15 @@ def deterministic_plan(num_steps: int) -> Plan:
 class EvaluationMixin:
     """The part of the trainer that evaluates."""
 
+    # Pictures, prompts and scores of the newest evaluation, in the first process; `None` if it was of another dataset.
+    evaluated_samples: Samples | None = None
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
         Samples one picture per held-out prompt with the ODE sampler and scores it.
 
         Each prompt keeps its noise from one evaluation to the next, so that scores are paired. The pictures of the
-        first `num_logged_images` prompts, and all the scores, go to `output_dir/samples`.
+        first `num_logged_images` prompts, one by one and as a grid, and all the scores go to `output_dir/samples`.
 
         Args:
             eval_dataset ([`~datasets.Dataset`], *optional*): Defaults to the trainer's.
@@ -75,6 +80,7 @@ class EvaluationMixin:
         scoring, results, images = deque(), [], {}
         self.model.eval()
         self._metrics["eval"].clear()
+        self.evaluated_samples = None
         with self.averaged_weights(), self.policy.guided(args.eval_guidance_scale):
             for start in range(0, len(mine), args.rollout_batch_size):
                 numbers = mine[start : start + args.rollout_batch_size]
@@ -179,6 +185,16 @@ class EvaluationMixin:
                 **({"extra": extra} if extra else {}),
             }
             folder.with_suffix(".json").write_text(json.dumps(record, default=str))
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero() and (paths := sorted(folder.glob("*.png"), key=lambda path: int(path.stem))):
+            self.evaluated_samples = Samples(
+                self.state.global_step,
+                record["prompts"][: len(paths)],
+                {name: scores[: len(paths)] for name, scores in record["scores"].items()},
+                paths,
+                record["scores"],
+            )
+            samples_grid(self.evaluated_samples).save(folder.with_suffix(".png"))
 
 
 def strip(frames: list[Image.Image], count: int = 4) -> Image.Image:

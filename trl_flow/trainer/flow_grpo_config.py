@@ -164,6 +164,12 @@ class FlowGRPOConfig(_BaseConfig):
 
         num_logged_images (`int`, *optional*, defaults to `24`):
             Number of held-out pictures that each evaluation saves to `output_dir/samples`.
+        log_images (`bool`, *optional*, defaults to `True`):
+            Whether these pictures also go, as a grid and with their prompts and scores, to the trackers that `report_to`
+            names: trackio, Weights & Biases and TensorBoard.
+        num_printed_samples (`int`, *optional*, defaults to `0`):
+            Number of samples of the newest rollout whose prompts, scores and advantages each log prints as a table: the
+            best and the worst of each prompt, of the first process.
     """
 
     # Defaults of TrainingArguments that the papers set differently.
@@ -389,6 +395,20 @@ class FlowGRPOConfig(_BaseConfig):
         default=24,
         metadata={"help": "Number of held-out pictures that each evaluation saves to `output_dir/samples`."},
     )
+    log_images: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether these pictures also go, as a grid and with their prompts and scores, to the trackers that "
+            "`report_to` names: trackio, Weights & Biases and TensorBoard."
+        },
+    )
+    num_printed_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Number of samples of the newest rollout whose prompts, scores and advantages each log prints as a "
+            "table: the best and the worst of each prompt, of the first process."
+        },
+    )
 
     def __post_init__(self):
         if self.bf16 is None and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
@@ -461,7 +481,7 @@ class FlowGRPOConfig(_BaseConfig):
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
-        for name in ("beta", "epsilon", "num_logged_images", "ema_update_after"):
+        for name in ("beta", "epsilon", "num_logged_images", "num_printed_samples", "ema_update_after"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
         if self.advantage_clip <= 0:

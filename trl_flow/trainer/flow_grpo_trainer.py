@@ -48,7 +48,9 @@ from ..objective import (
 from ..policy import FlowPolicy, default_call_arguments, encode_prompts, load_pipeline
 from ..policy.doctor import Diagnosis, Untrainable, examine_policy
 from ..report import ProgressLine, write_report
+from ..report.live import LiveReport
 from ..report.plan import PlanPicture
+from ..report.tracking import TrackerPictures
 from ..rewards import RewardThreads
 from ..rollout import Plan, Rollout, chain_plan, coefficients, log_prob, transition
 from .arguments import (
@@ -319,6 +321,9 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         if not args.disable_tqdm:
             self.add_callback(ProgressLine())
         self.add_callback(_AfterUpdate(self))
+        if args.log_images:
+            self.add_callback(TrackerPictures(self))
+        self.add_callback(LiveReport())
         self._ema = (
             EMAModel(self._trainable, decay=args.ema_decay, update_after_step=args.ema_update_after)
             if args.ema_decay
@@ -551,6 +556,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             logs |= self.averaged_metrics("train")
             logs |= {"nfe": self._nfe, "rows_trained": self._rows_trained, "time/elapsed": self._elapsed}
         super().log(logs, start_time)
+        self.print_samples()
 
     def averaged_metrics(self, mode: str, prefix: str = "") -> dict[str, float | None]:
         """Means of what was noted since the last log; `None` where every value is NaN."""

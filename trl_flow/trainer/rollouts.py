@@ -27,6 +27,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..credit import assign_credit, combine_rewards, compared_leaves
+from ..report.sample_table import contrasting, print_samples
 from ..rewards import NothingToLearnError, check_rewards, start_scoring
 from ..rollout import execute, seeded_noise
 from .transitions import select_transitions
@@ -34,6 +35,8 @@ from .transitions import select_transitions
 
 class RolloutMixin:
     """The part of the trainer that samples and scores."""
+
+    _printed_samples: dict | None = None
 
     def conditioning(self, prompts: list[str], images: list[torch.Tensor] | None) -> list:
         """The policy's conditioning on prompts, and on the pictures `(height, width, 3)`, uint8, that they start from."""
@@ -137,6 +140,7 @@ class RolloutMixin:
         num_images = rewards.shape[0] * rewards.shape[1] * args.world_size
         self._metrics["train"]["images_per_second"].append(num_images / max(sum(times.values()), 1e-9))
         self.log_credit(total[:, leaves], plan)
+        self._note_samples(prompts, rewards, total, advantages, leaves)
 
         position = {node: number for number, node in enumerate(rollout.nodes)}
         everything = {
@@ -311,6 +315,29 @@ class RolloutMixin:
             metrics[f"advantages/std/step_{step}"].append(advantages[:, s].std().item())
             if any(edge.parent != edge.child for edge in plan.transitions[step]):
                 metrics[f"noise_level/step_{step}"].append(self.noise_levels[step])
+
+    def _note_samples(self, prompts, rewards, total, advantages, leaves):
+        """Keeps what the next log prints of this rollout."""
+        chosen = contrasting(total.tolist(), self.args.num_printed_samples)
+        names = self.reward_names if rewards.shape[-1] == 1 else [*self.reward_names, "sum"]
+        columns = rewards if rewards.shape[-1] == 1 else torch.cat([rewards, total[..., None]], dim=-1)
+        self._printed_samples = {
+            "prompts": [prompts[group] for group, _ in chosen],
+            "scores": {name: [columns[g, leaf, r].item() for g, leaf in chosen] for r, name in enumerate(names)},
+            # Of all transitions that have led to a sample. One without a reward has none.
+            "advantages": [
+                math.nan if total[g, leaf].isnan() else _nanmean(advantages[g][(leaves == leaf).any(-1)])
+                for g, leaf in chosen
+            ],
+        }
+
+    def print_samples(self):
+        """Prints samples of a rollout that has not been shown, in the first process."""
+        if not self.model.training:
+            return
+        if self.is_world_process_zero() and self._printed_samples is not None and self._printed_samples["prompts"]:
+            print_samples(**self._printed_samples, step=self.state.global_step)
+        self._printed_samples = None
 
 
 def _describe(error: Exception | None) -> str:
