@@ -279,6 +279,7 @@ def save_png(panels: Sequence[Panel], path: Path, columns: int = 2) -> None:
         axes.set_title(
             plain(panel.title, 48), loc="left", color=INK, fontsize=11, fontweight="bold", pad=9 + 16 * legend_rows
         )
+    figure.patch.set_alpha(1)  # the page's panels are clear, as it may be dark
     save_figure(figure, path)
 
 
