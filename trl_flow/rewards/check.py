@@ -20,6 +20,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -178,7 +179,9 @@ def _call(reward: Callable, rows: list[dict], images: list[Image.Image]) -> list
     extras = {"trainer_state": TrainerState(), "log_extra": lambda *_: None, "log_metric": lambda *_: None}
     result = reward(prompts=[row["prompt"] for row in rows], **named, **columns, **extras)
     if inspect.isawaitable(result):
-        result = asyncio.run(_wait(result))
+        # In a thread: a notebook has an event loop of its own running, beside which there can be no other.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            result = thread.submit(asyncio.run, _wait(result)).result()
     if isinstance(result, (str, bytes, dict)) or not hasattr(result, "__len__"):
         raise ValueError(f"returned a {type(result).__name__}: expected a list of {len(rows)} numbers or None")
     if len(result) != len(rows):

@@ -68,7 +68,7 @@ class RewardThreads:
     """
 
     def __init__(self):
-        self._threads: dict[int, DaemonExecutor] = {}
+        self._threads: dict[int | None, DaemonExecutor] = {}
         self._local = threading.local()
         self.unavailable: dict[int, RewardUnavailableError] = {}
 
@@ -76,12 +76,18 @@ class RewardThreads:
         """The thread of a function; `None` for one that is called in the caller's."""
         if not is_async(function) and not getattr(function, "concurrent", False):
             return None
-        if id(function) not in self._threads:
-            self._threads[id(function)] = DaemonExecutor(1)
-        return self._threads[id(function)]
+        return self._thread(id(function))
+
+    def _thread(self, key: int | None) -> Executor:
+        if key not in self._threads:
+            self._threads[key] = DaemonExecutor(1)
+        return self._threads[key]
 
     def run(self, awaitable: Awaitable):
         """The result of an awaitable, by the one event loop of this thread: what a function keeps may belong to it."""
+        if _loop_is_running():
+            # A notebook's cell or a coroutine calls the trainer: while their loop runs, this thread can run no other.
+            return self._thread(None).submit(self.run, awaitable).result()
         if not hasattr(self._local, "runner"):
             self._local.runner = asyncio.Runner()
         return self._local.runner.run(_wait_for(awaitable))
@@ -91,6 +97,14 @@ class RewardThreads:
         for thread in self._threads.values():
             thread.shutdown(wait=False, cancel_futures=True)
         self._threads.clear()
+
+
+def _loop_is_running() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def score(*args, **kwargs) -> Scores:
@@ -279,6 +293,7 @@ def check_rewards(
     Calls every reward function on grey pictures, so that one that cannot work stops the run before any work is spent.
 
     Args:
+        reward_funcs (`list[Callable]`), reward_names (`list[str]`): The functions, and what they are called in errors.
         rows (`list[dict]`): A few rows of the dataset.
         image_size (`tuple[int, int]`): Width and height in pixels.
         num_frames (`int`, *optional*): For videos.
@@ -329,6 +344,12 @@ def _spread_frames(columns: dict[str, list], videos: list[list], count: int) -> 
 
 
 def is_async(function: Callable) -> bool:
+    """
+    Whether a reward function is `async`, itself or its `__call__`.
+
+    Args:
+        function (`Callable`): The function.
+    """
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
