@@ -46,6 +46,7 @@ _MODULES = {
     "load_reward": "rewards",
     "MixGRPOConfig": "trainer.mix_grpo_config",
     "MixGRPOTrainer": "trainer.mix_grpo_trainer",
+    "NotebookProgress": "notebook",
     "RewardHackingCallback": "callbacks",
     "TempFlowGRPOConfig": "trainer.temp_flow_grpo_config",
     "TempFlowGRPOTrainer": "trainer.temp_flow_grpo_trainer",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from .calibration import calibrate_noise
     from .callbacks import RewardHackingCallback
     from .interruption import InterruptionCallback
+    from .notebook import NotebookProgress
     from .policy import FlowPolicy
     from .rewards import load_reward
     from .trainer.awm_config import AWMConfig

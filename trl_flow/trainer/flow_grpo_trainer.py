@@ -31,13 +31,15 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from peft import PeftConfig, set_peft_model_state_dict
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..credit import outcome
 from ..hub import read_adapter
+from ..notebook import NotebookProgress, in_notebook
 from ..objective import (
     clipped_loss,
     guarded_ratio,
@@ -316,10 +318,10 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
                 "or --accelerate_config multi_gpu, or show it one GPU with CUDA_VISIBLE_DEVICES."
             )
         self.model_accepts_loss_kwargs = False
-        self.remove_callback(ProgressCallback)
+        self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another one in a notebook
         self.remove_callback(PrinterCallback)
         if not args.disable_tqdm:
-            self.add_callback(ProgressLine())
+            self.add_callback(NotebookProgress() if in_notebook() else ProgressLine())
         self.add_callback(_AfterUpdate(self))
         if args.log_images:
             self.add_callback(TrackerPictures(self))
