@@ -81,7 +81,8 @@ class ProgressLine(TrainerCallback):
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         self.evaluated_batches += 1
         if self.bar is not None:
-            self._show(f"evaluating, batch {self.evaluated_batches} | {self._text()}")
+            text = self._text()
+            self._show(f"evaluating, batch {self.evaluated_batches}" + (f" | {text}" if text else ""))
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.evaluated_batches = 0
