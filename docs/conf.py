@@ -60,6 +60,8 @@ smartquotes = False
 html_theme = "furo"
 html_title = "trl-flow"
 html_copy_source = False
+html_use_index = False  # the search and the reference's own pages are enough, and it is too wide for a phone
+html_domain_indices = False
 html_show_sourcelink = False
 # On GitHub the pages know where their source is.
 if repository := os.environ.get("GITHUB_REPOSITORY"):
