@@ -669,6 +669,56 @@ class TestRuns:
         assert "num_inference_steps=3, guidance_scale=1.0" in capsys.readouterr().out
         assert Image.open("grid.png").width > 0
 
+    def test_run_config_repeats_a_run_from_elsewhere(self, config, tmp_path, monkeypatch):
+        """Settings of the file, the environment and the command line; paths, lists, a noise table, rewards with settings."""
+        quick = ["--num_calibration_iterations", "1", "--num_samples", "8", "--output", "psi.json"]
+        assert cli.main(["calibrate", "--config", config, *quick]) == 0
+        settings = yaml.safe_load(Path(config).read_text())
+        settings |= {"reward_funcs": ["brightness.brightness", {"jpeg_size": {"goal": "compressible"}}], "lora_r": 2}
+        settings |= {"ema_decay": None, "noise_level": "psi.json", "lora_target_modules": ["attn.to_q"]}
+        Path("settings.yaml").write_text(yaml.safe_dump(settings))
+        monkeypatch.setenv("TRL_FLOW_REWARD_WEIGHTS", "1,0.5")
+        monkeypatch.setenv("TRL_FLOW_LEARNING_RATE", "0.02")
+        monkeypatch.setenv("TRL_FLOW_NUM_GENERATIONS", "2")
+        line = ["--num_generations", "4", "--sde_steps", "0", "1", "--eval_strategy", "no", "--save_strategy", "no"]
+        assert cli.main(["dense-grpo", "--config", "settings.yaml", *line]) == 0
+
+        for name in ("REWARD_WEIGHTS", "LEARNING_RATE", "NUM_GENERATIONS"):
+            monkeypatch.delenv(f"TRL_FLOW_{name}")
+        # The run does not depend on what has become of the table since.
+        Path("psi.json").write_text("{}")
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        run = tmp_path / "run"
+        written = yaml.safe_load((run / "config.yaml").read_text())
+        given = {"learning_rate": 0.02, "num_generations": 4, "reward_weights": [1.0, 0.5], "sde_steps": [0, 1]}
+        assert given.items() <= written.items() and written["ema_decay"] is None
+        assert cli.main(["dense-grpo", "--config", str(run / "config.yaml"), "--output_dir", "again"]) == 0
+        for name in ("adapter_model.safetensors", "calibration.json"):
+            assert (run / name).read_bytes() == Path("again", name).read_bytes()
+        again = yaml.safe_load(Path("again", "config.yaml").read_text())
+        different = {name for name in written.keys() | again.keys() if written.get(name) != again.get(name)}
+        assert different == {"output_dir", "noise_level"}
+        adapter = load_file(run / "adapter_model.safetensors")
+        assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)
+
+    def test_printed_config_is_what_the_run_would_have(self, config, capsys, monkeypatch):
+        monkeypatch.setenv("TRL_FLOW_LEARNING_RATE", "0.02")
+        line = ["dense-grpo", "--config", config, "--sde_steps", "0", "1", "--dataset_name", "prompts.txt"]
+        launch = ["--num_processes", "2"]  # settings can be printed anywhere
+        assert cli.main([*line, *launch, "--print_config"]) == 0
+        printed = capsys.readouterr().out
+        assert not Path("run").exists()
+        assert (yaml.safe_load(printed)["learning_rate"], yaml.safe_load(printed)["sde_steps"]) == (0.02, [0, 1])
+        assert yaml.safe_load(printed)["dataset_name"] == os.path.abspath("prompts.txt")
+        monkeypatch.delenv("TRL_FLOW_LEARNING_RATE")
+        Path("printed.yaml").write_text(printed)
+        assert cli.main(["dense-grpo", "--config", "printed.yaml", "--print-config"]) == 0
+        assert capsys.readouterr().out == printed
+        assert cli.main([*line, "--print_config", "--dry_run"]) == 1
+        assert "dry_run=True and print_config=True" in capsys.readouterr().err
+
     def test_calibrate(self, config, capsys):
         arguments = ["--num_calibration_iterations", "2", "--num_samples", "8", "--output", "psi.json"]
         assert cli.main(["calibrate", "--config", config, *arguments]) == 0

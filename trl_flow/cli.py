@@ -90,7 +90,7 @@ def run(command: str, args: list[str]) -> int:
     *parsed, from_file, from_line = make_training_parser(command).parse_args_and_config(
         args, return_remaining_strings=True, separate_remaining_strings=True
     )
-    if needs_launch(from_file + from_line):
+    if not parsed[0].print_config and needs_launch(from_file + from_line):
         return launch(command, without(args, from_line), from_file + from_line)
     from .interruption import Interrupted
 

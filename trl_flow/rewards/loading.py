@@ -126,7 +126,7 @@ def load_reward(
     settings = {**given, **settings}
     if isinstance(name, str) and revision is None and "@" in name and _is_repository(name.partition("@")[0]):
         name, _, revision = name.partition("@")
-    from_hub = isinstance(name, str) and (_is_repository(name) or _is_directory(name) or name.startswith("evaluate:"))
+    from_hub = isinstance(name, str) and (_is_repository(name) or is_directory(name) or name.startswith("evaluate:"))
     if revision is not None and not from_hub:
         raise ValueError(f"revision={revision!r}: reward={name!r} comes from no repository. Leave it out.")
     if callable(name):
@@ -158,12 +158,13 @@ def load_reward(
     return _with_settings(_import(name), settings, f"reward={name!r}")
 
 
-def _is_directory(name: str) -> bool:
+def is_directory(name: str) -> bool:
+    """Whether a reward is named by its directory."""
     return os.path.isdir(name) and (os.sep in name or name.startswith(".") or (Path(name) / "reward.py").is_file())
 
 
 def _is_repository(name: str) -> bool:
-    return not _is_directory(name) and bool(_REPOSITORY.fullmatch(name)) and not name.startswith((".", "/"))
+    return not is_directory(name) and bool(_REPOSITORY.fullmatch(name)) and not name.startswith((".", "/"))
 
 
 def _import(name: str):
@@ -229,6 +230,6 @@ def reward_name(reward: RewardSpec) -> str:
         return name.rpartition("/")[2]
     if name.startswith(("http://", "https://")):
         return name.partition("://")[2].rpartition("@")[2].strip("/").replace("/", "_")
-    if name.startswith("evaluate:") or _is_directory(name) or _is_repository(name.partition("@")[0]):
+    if name.startswith("evaluate:") or is_directory(name) or _is_repository(name.partition("@")[0]):
         return Path(name.removeprefix("evaluate:").partition("@")[0]).resolve().name
     return name.rpartition(".")[2]

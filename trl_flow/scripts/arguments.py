@@ -206,13 +206,24 @@ class TrainingScriptArguments(FlowScriptArguments):
     Args:
         dry_run (`bool`, *optional*, defaults to `False`):
             Loads what a run needs but the rewards' models, prints what would be done (the rollout's tree, evaluations,
-            pictures, updates, memory), and stops. Nothing is trained and no file is left.
+            pictures, updates, memory, time), and stops. Nothing is trained and no file is left.
+        print_config (`bool`, *optional*, defaults to `False`):
+            Prints the settings, wherever they were given, as a file for `--config`, and stops.
     """
 
     dry_run: bool = field(
         default=False,
         metadata={
             "help": "Load what a run needs but the rewards' models, print what would be done (the rollout's tree, "
-            "evaluations, pictures, updates, memory), and stop. Nothing is trained and no file is left."
+            "evaluations, pictures, updates, memory, time), and stop. Nothing is trained and no file is left."
         },
     )
+    print_config: bool = field(
+        default=False,
+        metadata={"help": "Print the settings, wherever they were given, as a file for `--config`, and stop."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dry_run and self.print_config:
+            raise ValueError("dry_run=True and print_config=True are two questions: ask them one at a time")

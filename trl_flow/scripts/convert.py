@@ -18,7 +18,7 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .generate import run_config
+from .generate import is_model_of_run, run_config
 from .parser import FlowParser
 from .quiet import quieten
 
@@ -131,7 +131,7 @@ def merge(args: ConvertArguments) -> Path:
     if model is None:
         raise ValueError(f"adapter={args.adapter} does not say which model it belongs to: name it with --model")
     loading = {"dtype": getattr(torch, args.dtype), "revision": args.model_revision}
-    if model == config.get("model_name_or_path"):
+    if is_model_of_run(model, config):
         loading["revision"] = args.model_revision or config.get("model_revision")
         loading |= config.get("model_init_kwargs") or {}
     pipeline = load_pipeline(model, **loading)

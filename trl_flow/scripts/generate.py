@@ -16,6 +16,7 @@
 
 import argparse
 import inspect
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -183,6 +184,11 @@ class GenerateArguments:
             raise ValueError(f"output={self.output}: expected a name that ends in {', '.join(PICTURE_FORMATS)}")
 
 
+def is_model_of_run(model: str, config: dict) -> bool:
+    """Whether a run was made with this model. A run writes down the absolute path of a directory."""
+    return os.path.abspath(model) == os.path.abspath(config.get("model_name_or_path") or "")
+
+
 def run_config(adapter: str | None, revision: str | None = None) -> dict:
     """The `config.yaml` that a run left beside its adapter, empty if there is none."""
     if adapter is None:
@@ -261,7 +267,7 @@ def load_model(args, model: str, config: dict, trusted: bool) -> "DiffusionPipel
         "dtype": getattr(torch, args.dtype or config.get("dtype") or "float32"),
         "revision": args.model_revision or config.get("model_revision"),
     }
-    if model == config.get("model_name_or_path"):
+    if is_model_of_run(model, config):
         kwargs = config.get("model_init_kwargs") or {}
         if not trusted:
             # What could make code run is not taken from a stranger's config: name the model with --model instead.

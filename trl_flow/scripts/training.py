@@ -15,6 +15,7 @@
 """What the training commands share: parser, run directory, training, and the last words."""
 
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ import trl_flow
 
 from ..interruption import InterruptionCallback
 from ..trainer.run_config import (
+    as_yaml,
     family_settings,
     own_fields,
     public_command_line,
@@ -115,7 +117,7 @@ def run_training(
     command: str, script_args: TrainingScriptArguments, training_args: Any, words: Sequence[str] | None = None
 ) -> None:
     """
-    Train, save, report; or, of a dry run, tell what would be done.
+    Train, save, report; or print the settings; or, of a dry run, tell what would be done.
 
     Args:
         command (`str`):
@@ -131,13 +133,16 @@ def run_training(
         Interrupted: After Ctrl-C or SIGTERM, when the checkpoint is saved.
     """
     from ..policy import default_call_arguments
+    from ..trainer.saving import CALIBRATION_FILE, check_output_dir
 
+    if script_args.print_config:
+        script_args.reward_funcs = default_rewards(script_args)
+        print(as_yaml(resolved_config(script_args, training_args)), end="")
+        return
     quieten(progress_bars=script_args.model_name_or_path != "shapes")
     resume = training_args.resume_from_checkpoint
     resume = {"true": True, "false": None, "none": None, "": None}.get(str(resume).lower(), resume)
     if training_args.process_index == 0 and resume is None:
-        from ..trainer.saving import check_output_dir
-
         check_output_dir(training_args.output_dir)
     script_args.reward_funcs = default_rewards(script_args)
     if script_args.dry_run:
@@ -154,6 +159,9 @@ def run_training(
     config |= {name: trainer.policy.call_arguments[name] for name in default_call_arguments(trainer.base_model)}
     config |= family_settings(trainer.policy)
     config["num_eval_inference_steps"] = trainer.args.num_eval_inference_steps
+    if isinstance(training_args.noise_level, str):
+        # The run's own copy: whoever calibrates again writes the file anew.
+        config["noise_level"] = os.path.abspath(os.path.join(training_args.output_dir, CALIBRATION_FILE))
     # When training begins, and not before: what is refused leaves no trace.
     trainer.add_callback(_WriteConfig(config, command))
     trainer.add_callback(InterruptionCallback(resume_command(command, training_args)))
@@ -164,7 +172,7 @@ def run_training(
         print(f"Pictures with the new adapter:\n  {generate_command(trainer, script_args)}")
     try:
         if training_args.push_to_hub:
-            trainer.push_to_hub(dataset_name=script_args.dataset_name)
+            trainer.push_to_hub()
             trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}")
     finally:
         # A push that fails is the run's last word, and no reason to leave trackers and processes open.
