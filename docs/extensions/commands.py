@@ -33,18 +33,19 @@ def cell(text: object) -> str:
 
 
 def table(parser, names) -> list[str]:
-    """Settings of a parser: name, values, default, what it is."""
+    """Settings of a parser: name, values and default, what it is."""
     actions = parser._first_actions()
-    lines = ["| setting | value | default | |", "|---|---|---|---|"]
+    lines = ["| setting | value | |", "|---|---|---|"]
     for name in names:
         action = actions[name]
         choices = [str(getattr(choice, "value", choice)) for choice in action.choices or ()]
         value = ", ".join(f"`{choice}`" for choice in choices) if len(choices) <= MOST_CHOICES else ""
         value = (value or _type_name(action)) + (" ..." if action.nargs == "+" else "")
         default = action.default if action.default not in ("", []) else None
-        default = f"`{cell(getattr(default, 'value', default))}`" if default is not None else ""
+        if default is not None:
+            value += f"<br>default: `{cell(getattr(default, 'value', default))}`"
         what = cell((action.help or "").replace("%%", "%"))
-        lines.append(f"| `{name}` | {value} | {default} | {what} |")
+        lines.append(f"| `{name}` | {value} | {what} |")
     return [*lines, ""]
 
 
