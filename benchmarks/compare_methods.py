@@ -272,7 +272,8 @@ def at_the_end(trainer, num_prompts: int = 64, num_noises: int = 4) -> dict:
     plan = deterministic_plan(trainer.args.num_inference_steps)
     prompts = trainer.eval_dataset["prompt"][:num_prompts]
     with trainer.averaged_weights():
-        policy = trainer.velocity([prompt for prompt in prompts for _ in range(num_noises)])
+        conditioning = trainer.conditioning([prompt for prompt in prompts for _ in range(num_noises)], None)
+        policy = trainer.velocity(conditioning)
 
         def velocity(latents, sigma, prompt):
             value = policy(latents, sigma, prompt)
