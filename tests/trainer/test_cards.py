@@ -94,6 +94,12 @@ def test_prompts_are_named(make_trainer, tmp_path):
     assert str(tmp_path) not in card.content + (tmp_path / "run" / "card.json").read_text()
 
 
+def test_prompt_sets_are_named_by_their_repository(make_trainer):
+    named = prompts(6)
+    named.info.dataset_name = "drawbench"  # as `load_prompts` leaves it
+    assert make_trainer(train_dataset=named).dataset_names == ["sayakpaul/drawbench"]
+
+
 class TestConfigOfPython:
     def test_what_a_file_cannot_hold_is_said(self, make_trainer, tmp_path):
         def local(images, **kwargs):

@@ -45,7 +45,7 @@ from ..hub.uploading import (
     run_files,
     stage,
 )
-from ..prompts import prompts_name
+from ..prompts import PROMPT_SETS, prompts_name
 from ..report import write_report
 from .run_config import python_call, python_config, write_config
 
@@ -418,10 +418,11 @@ class SavingMixin:
 
     @property
     def dataset_names(self) -> list[str]:
-        """What the prompts are known by, those to train on first; empty where they were made in memory."""
+        """What the prompts are known by, on the Hub if they are there, those to train on first."""
         datasets = [self.given["train_dataset"], self.train_dataset, self.given["eval_dataset"], self.eval_dataset]
-        names = [prompts_name(dataset) for dataset in datasets]
-        return list(dict.fromkeys(name for name in names if name is not None))
+        names = [name for dataset in datasets if (name := prompts_name(dataset)) is not None]
+        repositories = {name: record.repository for name, record in PROMPT_SETS.items()}
+        return list(dict.fromkeys(repositories.get(name) or name for name in names))
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
         if not self.is_world_process_zero():
