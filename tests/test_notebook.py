@@ -263,3 +263,60 @@ def test_the_notebook_runs_in_a_kernel(tmp_path, monkeypatch):
         output for cell in notebook.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"
     ]
     assert errors == []
+
+
+CELLS = [
+    """
+import asyncio, os, signal, sys, time
+sys.path.insert(0, {tests!r})
+
+from peft import LoraConfig
+from pipelines import brightness, prompts, tiny_sd3
+from trl_flow import FlowGRPOConfig, FlowGRPOTrainer, InterruptionCallback
+from trl_flow.interruption import Interrupted
+
+calls = []
+
+async def reward(images, **kwargs):
+    calls.append(1)
+    if len(calls) == 4:  # a check, an evaluation and two rollouts
+        os.kill(os.getpid(), signal.SIGINT)
+    await asyncio.sleep(0.1)
+    return brightness(images)
+
+trainer = FlowGRPOTrainer(
+    tiny_sd3(), reward, FlowGRPOConfig(output_dir="run", **{settings!r}), prompts(6), prompts(3),
+    callbacks=[InterruptionCallback()], peft_config=LoraConfig(r=2, target_modules=["attn.to_q"]),
+)
+""",
+    """
+try:
+    trainer.train()
+except Interrupted as stopped:
+    print(stopped)
+""",
+    "(await asyncio.sleep(0, trainer)).train(resume_from_checkpoint=True).global_step",
+]
+
+
+@pytest.mark.slow
+def test_the_button_that_stops_a_cell_saves_and_the_next_cell_goes_on(tmp_path, monkeypatch):
+    """The button sends SIGINT."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    values = {"tests": str(Path(__file__).parent), "settings": {**SETTINGS, "max_steps": 4}}
+    sources = [CELLS[0].format(**values), *CELLS[1:]]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    _, stopped, resumed = [cell.outputs for cell in notebook.cells]
+    said = "".join(output.text for output in stopped if output.output_type == "stream")
+    assert "SIGINT, saved in run/checkpoint-2" in said
+    assert "Go on with: trainer.train(resume_from_checkpoint=True)" in said
+    pages = [
+        next(output.data["text/html"] for output in outputs if "text/html" in output.get("data", {}))
+        for outputs in (stopped, resumed)
+    ]
+    assert "2/4 updates" in pages[0] and "4/4 updates" in pages[1]
+    assert resumed[-1].data["text/plain"] == "4"

@@ -16,6 +16,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -24,6 +25,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from transformers import Trainer, TrainerCallback
+
+from .notebook import in_notebook
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -120,11 +123,9 @@ class InterruptionCallback(TrainerCallback):
             signal.raise_signal(number)
             return
         self._received, self._received_at = number, time.monotonic()
-        # Not `print`: the signal may have come in the middle of one.
         if self._speaks:
             name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-            text = f"\n{name}: training stops after this update, and saves it. A second one stops at once.\n"
-            os.write(2, text.encode())
+            _say(f"\n{name}: training stops after this update, and saves it. A second one stops at once.\n")
 
     def _agree(self, args) -> bool:
         """Whether a process has had a signal. All of them have to ask."""
@@ -166,11 +167,19 @@ class InterruptionCallback(TrainerCallback):
             text = (
                 f"Stopped after update {state.global_step} of {state.max_steps}, saved in {checkpoint}. Go on with: "
             )
-            os.write(2, f"{text}{self.resume_command}\n".encode())
+            _say(f"{text}{self.resume_command}\n")
         # A launcher ends the others when one process ends.
         PartialState().wait_for_everyone()
         self._restore()
         raise Interrupted(self._agreed, str(checkpoint))
+
+
+def _say(text: str):
+    if in_notebook():
+        # Beneath the cell: what a kernel writes to its own error output, the notebook does not show.
+        sys.stderr.write(text)
+    else:
+        os.write(2, text.encode())  # not `print`: the signal may have come in the middle of one
 
 
 def _is_training(frame) -> bool:
