@@ -12,11 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import base64
+import html
+import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from matplotlib.figure import Figure
@@ -24,7 +28,8 @@ from PIL import Image
 
 from trl_flow.report import load_history, write_report
 from trl_flow.report.history import paired_change
-from trl_flow.report.panels import collect_panels
+from trl_flow.report.page import _moving
+from trl_flow.report.panels import collect_panels, render_svg
 
 
 STEPS = 9  # denoising steps that are trained
@@ -244,6 +249,218 @@ class TestWriteReport:
             write_report(tmp_path)
         with pytest.raises(FileNotFoundError, match="not a directory"):
             write_report(tmp_path / "nowhere")
+
+
+def small_entry(step: int) -> dict:
+    return {"step": step, "reward": 0.5, "time/elapsed": 5.0 * step}
+
+
+class TestFirstScreen:
+    """What a stranger reads first: what was trained, what rose, and whether a watched reward fell."""
+
+    def test_what_was_trained(self, tmp_path):
+        log = [{"step": 1, "rewards/strict/mean": 0.5, "rewards/partial/mean": 0.5}]
+        text = Page(write_report(tmp_path, log)).text
+        assert "This run trained an adapter of a pipeline for the rewards strict and partial ." in text
+        run = {"method": "DenseGRPO", "base_model": "/home/somebody/models/mine", "rewards": ["strict"]}
+        (tmp_path / "run.json").write_text(json.dumps(run))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"lora_r": 16, "dataset_name": "org/<prompts>"}))
+        path = write_report(tmp_path, log)
+        assert re.sub(r"</?b>", "", re.search('<p class="what">(.*?)</p>', path.read_text())[1]) == (
+            "DenseGRPO trained an adapter of rank 16 of mine on the prompts of org/&lt;prompts&gt; for the reward strict."
+        )
+        assert "somebody" not in path.read_text()
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"lora_r": 16, "full_finetuning": True}))
+        assert "trained all weights of" in Page(write_report(tmp_path, log)).text
+
+    @staticmethod
+    def findings(run_dir, scores, trained=("good",)):
+        """The findings of a run with these (first, last) scores, each of 100 prompts with a deviation of 0.5."""
+        log = [{"step": 1} | {f"rewards/{name}/mean": 0.5 for name in trained}]
+        for step, position in ((0, 0), (4, 1)):
+            entry = {"step": step, "eval_num_samples": 100}
+            for name, values in scores.items():
+                entry |= {f"eval_rewards/{name}/mean": values[position], f"eval_rewards/{name}/std": 0.5}
+            log.append(entry)
+        text = write_report(run_dir, log, is_running=False).read_text()
+        items = re.findall('<li class="(.*?)">(.*?)</li>', text)
+        return [(direction, html.unescape(finding)) for direction, finding in items]
+
+    def test_rise_and_fall(self, tmp_path):
+        # Half of the interval of a difference of independent means: 1.96 * sqrt(2) * 0.5 / 10 = 0.139.
+        assert self.findings(tmp_path, {"good": (0.25, 0.5), "other": (0.5, 0.25), "same": (0.5, 0.4)}) == [
+            ("up", "Held-out good rose: 0.250 → 0.500 (+0.250 ± 0.139)."),
+            (
+                "down",
+                "Held-out other fell: 0.500 → 0.250 (-0.250 ± 0.139), although it is only watched: look for reward "
+                "hacking.",
+            ),
+        ]
+
+    def test_within_the_interval(self, tmp_path):
+        assert self.findings(tmp_path, {"good": (0.25, 0.35), "other": (0.5, 0.4), "same": (0.5, 0.4)}) == [
+            ("", "Held-out good did not change beyond its noise: 0.250 → 0.350 (+0.100 ± 0.139)."),
+            ("", "Watched, not trained on: other and same; none fell beyond its noise."),
+        ]
+
+    def test_nothing_watched_and_no_score(self, tmp_path):
+        assert self.findings(tmp_path, {"good": (0.25, 0.5), "bad": (None, None)}, trained=("good", "bad")) == [
+            ("", "No held-out picture has a score of bad."),
+            ("up", "Held-out good rose: 0.250 → 0.500 (+0.250 ± 0.139)."),
+            ("", "No reward was only watched, so that reward hacking would go unseen (eval_reward_funcs)."),
+        ]
+
+    def test_without_two_evaluations(self, tmp_path):
+        assert "Nothing was evaluated on held-out prompts." in Page(write_report(tmp_path, [small_entry(1)])).text
+        assert "There is one evaluation so far" in Page(write_report(tmp_path, [eval_entry(0)])).text
+
+    def test_arrows_mark_what_is_beyond_the_interval(self, tmp_path):
+        # strict: +0.12, +- 1.96 * 0.5 * sqrt(2 / 512) = 0.061; partial: paired, all differences are 0.
+        text = write_report(write_run(tmp_path)).read_text()
+        assert '<small class="up">+0.120 ± 0.061</small>' in text
+        assert '<small class="">+0.000 ± 0.000</small>' in text
+
+    def test_missing_scores_widen_the_interval(self, tmp_path):
+        log = [eval_entry(0) | {"eval_rewards/strict/missing": 512 - 128}]
+        assert "± 0.087" in Page(write_report(tmp_path, log)).text  # 1.96 * 0.5 / sqrt(128)
+
+
+class TestGoingOn:
+    def test_a_run_that_goes_on_reloads_its_page(self, tmp_path):
+        log = [eval_entry(0), small_entry(1), small_entry(2)]
+        path = write_report(tmp_path, log, max_steps=10)
+        page = Page(path)
+        # 5 s for an update, 8 of them to come.
+        assert "Training 2 of 10 updates in 10 s, about 40 s of training left. Written 20" in page.text
+        assert re.search('<meta http-equiv="refresh" content="[0-9]+">', path.read_text())
+        assert "reloads itself" in page.text
+
+    def test_one_that_has_ended_does_not(self, tmp_path):
+        log = [small_entry(1), small_entry(2), {"step": 2, "train_runtime": 11.0}, eval_entry(2)]
+        for page in (write_report(tmp_path, log), write_report(write_run(tmp_path / "run"))):
+            assert "http-equiv" not in page.read_text()
+            assert "Written" not in Page(page).text
+
+    def test_one_that_was_stopped_does_not_either(self, tmp_path):
+        (tmp_path / "checkpoint-2").mkdir()
+        log = [small_entry(1), small_entry(2)]
+        state = {"global_step": 2, "max_steps": 10, "log_history": log}
+        (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state))
+        for path in (write_report(tmp_path), write_report(tmp_path, log, max_steps=10, is_running=False)):
+            assert "http-equiv" not in path.read_text()
+            assert "Not finished 2 of 10 updates in 10 s. Written 20" in Page(path).text
+
+    def test_a_run_that_had_ended_may_go_on(self, tmp_path):
+        log = [small_entry(1), {"step": 1, "train_runtime": 11.0}, small_entry(2)]
+        assert "http-equiv" in write_report(tmp_path, log).read_text()
+
+    def test_a_page_is_whole_or_the_one_before(self, tmp_path, monkeypatch):
+        path = write_report(tmp_path, [small_entry(1)])
+        before = path.read_text()
+
+        def cut_short(self, text, **kwargs):
+            with self.open("w") as file:
+                file.write(text[:100])
+            raise OSError("No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_text", cut_short)
+            with pytest.raises(OSError, match="No space"):
+                write_report(tmp_path, [small_entry(1), small_entry(2)])
+        assert path.read_text() == before
+
+
+class TestPanels:
+    @staticmethod
+    def panel(run_dir, log, title):
+        panel = {panel.title: panel for panel in collect_panels(load_history(run_dir, log))}[title]
+        axes = Figure().add_subplot()
+        panel.draw(axes)
+        return panel, axes
+
+    def test_noise_levels_with_those_before_calibration(self, tmp_path):
+        log = [{"step": step, "noise_level/step_1": 0.5 + step, "noise_level/step_3": 0.25} for step in (1, 2)]
+        title = "Noise level per denoising step (ψ)"
+        _, axes = self.panel(tmp_path, log, title)
+        assert [bar.get_height() for bar in axes.patches] == [2.5, 0.25]
+        (tmp_path / "calibration.json").write_text(json.dumps({"before": {"noise_level": [0.0, 0.9, 0.0, 0.8]}}))
+        _, axes = self.panel(tmp_path, log, title)
+        assert [bar.get_height() for bar in axes.patches] == [0.9, 0.8, 2.5, 0.25]
+        assert axes.get_legend_handles_labels()[1] == ["before calibration", "in training"]
+
+    def test_tags(self, tmp_path):
+        log = [
+            {"step": step, "eval_rewards/org/reward/mean": 0.5}
+            | {f"eval_tags/{tag}/org/reward": 0.1 * number + 0.01 * step for number, tag in enumerate(("a/b", "c$d$"))}
+            for step in (0, 5)
+        ]
+        _, axes = self.panel(tmp_path, log, "By tag: org/reward")
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["a/b", r"c\$d\$"]
+        assert [list(line.get_xdata()) for line in axes.get_lines()][::3] == [
+            pytest.approx([0, 0.05]),
+            pytest.approx([0.1, 0.15]),
+        ]
+        assert "a/b 0.000 → 0.050 c$d$ 0.100 → 0.150" in Page(write_report(tmp_path, log)).text
+
+    def test_failures_only_where_there_were_some(self, tmp_path):
+        log = [small_entry(step) | {"rewards/strict/failed": 0.0, "rewards/partial/failed": 0.0} for step in (1, 2)]
+        assert "Failed rewards" not in Page(write_report(tmp_path, log)).text
+        log[1]["rewards/partial/failed"] = 0.5
+        _, axes = self.panel(tmp_path, log, "Failed rewards")
+        assert [(line.get_label(), list(line.get_ydata())) for line in axes.get_lines()] == [("partial", [0, 0.5])]
+        assert "pictures that partial failed to score 25.00%" in Page(write_report(tmp_path, log)).text
+
+    def test_what_rewards_log_is_shown(self, tmp_path):
+        log = [train_entry(1) | {"objects_found": 3.0, "rows_trained": 7}]
+        others = [panel.title for panel in collect_panels(load_history(tmp_path, log)) if panel.section == "others"]
+        assert others == ["objects_found"]
+
+    @pytest.mark.parametrize(
+        ("values", "labels"),
+        [
+            ([0, 40_000], {"0", "20 k", "40 k"}),
+            ([0, 4e-5], {"0", "2e-5", "4e-5"}),
+            ([-4e9, 0], {"-4 G", "0"}),
+            ([1e9, 1e9 + 40], {"1000000040"}),
+        ],
+    )
+    def test_ticks(self, tmp_path, values, labels):
+        log = [{"step": step, "grad_norm": value} for step, value in enumerate(values)]
+        svg = render_svg(
+            next(panel for panel in collect_panels(load_history(tmp_path, log)) if panel.title == "Gradient norm")
+        )
+        assert labels <= set(re.findall(r"<text.*?>(.*?)</text>", svg))
+
+    def test_drawings_have_titles(self, tmp_path):
+        svg = render_svg(collect_panels(load_history(tmp_path, [{"step": 1, "a <b>": 1.0}]))[0])
+        assert re.match('<svg[^>]* role="img" aria-labelledby="(.*?)"><title id="\\1">a &lt;b&gt;</title>', svg)
+
+
+class TestVideos:
+    def test_move_and_lie_still(self, tmp_path):
+        folder = tmp_path / "samples" / "step_000000"
+        folder.mkdir(parents=True)
+        frames = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in range(0, 200, 20)]
+        frames[0].save(folder / "000.gif", save_all=True, append_images=frames[1:], duration=125)
+        Image.new("RGB", (64, 16)).save(folder / "000.png")
+        text = write_report(tmp_path, [small_entry(1)]).read_text()
+        assert text.count("data:image/gif") == text.count("(prefers-reduced-motion: reduce)") == 1
+        assert "update 0, from the first to the last frame" in text
+
+    def test_large_ones_get_small(self, tmp_path):
+        generator = np.random.default_rng(0)
+        noise = [Image.fromarray(generator.integers(0, 256, (12, 12), np.uint8)) for _ in range(40)]
+        frames = [frame.resize((240, 240), Image.Resampling.NEAREST) for frame in noise]
+        path = tmp_path / "000.gif"
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=125)
+        gif = base64.b64decode(_moving(path).removeprefix("data:image/gif;base64,"))
+        assert 0 < len(gif) < 300_000 and path.stat().st_size > 75_000
+        with Image.open(io.BytesIO(gif)) as image:
+            assert max(image.size) <= 160
+            # The same time: every third frame of 40, each three times as long.
+            assert (image.n_frames, image.info["duration"]) == (14, 360)
+        path.write_bytes(path.read_bytes()[:76_000])
+        _moving(path)  # one that is being written
 
 
 class TestLoadHistory:

@@ -56,6 +56,7 @@ def write_report(
     log_history: Sequence[Mapping] | None = None,
     title: str | None = None,
     max_steps: int | None = None,
+    is_running: bool | None = None,
 ) -> Path:
     """
     Write `report.html`, `curves.png` and `before_after.png` into a run directory.
@@ -73,6 +74,8 @@ def write_report(
             Heading. Defaults to the directory's name.
         max_steps (`int`, *optional*):
             Updates that a run that is still going will make (`trainer.state.max_steps`).
+        is_running (`bool`, *optional*):
+            Whether training goes on after this. Defaults to whether a `log_history` is given.
 
     Returns:
         `Path`: the page.
@@ -84,7 +87,7 @@ def write_report(
     run_dir = Path(run_dir)
     history = load_history(run_dir, log_history)
     history.max_steps = max_steps or history.max_steps
-    is_running = log_history is not None and not history.ended and history.rolled_back_to is None
+    is_running = (log_history is not None if is_running is None else is_running) and not history.ended
     # What the run left behind, where that isn't its last update.
     result = history.until(history.rolled_back_to)
     panels = collect_panels(history)

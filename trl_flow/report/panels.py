@@ -50,7 +50,7 @@ PHASES = {
 FAMILIAR = re.compile(
     r"(rewards|tags|dense_reward|noise_level|grad_share|advantages|ratio|time)/.*|reward|reward_std|loss|clip_ratio|kl"
     r"|frac_reward_.*|grad_norm|learning_rate|nfe|images_per_second|rows_trained|epoch|step|total_flos"
-    r"|num_input_tokens_seen"
+    r"|num_input_tokens_seen|turning_points|velocity_change"
 )
 MOST_OTHERS = 12
 SCORES_BY_TAG = 3
@@ -154,7 +154,7 @@ def collect_panels(history: RunHistory) -> list[Panel]:
                     title,
                     note,
                     lambda axes, i=indices, r=rows, ref=reference, bars=as_bars, p=prefix: _draw_per_step(
-                        axes, i, r, ref, bars, unit_interval=p.endswith(("positive", "grad_share"))
+                        axes, i, r, ref, bars, from_zero=p != "dense_reward"
                     ),
                     "credit",
                 )
@@ -186,6 +186,11 @@ def collect_panels(history: RunHistory) -> list[Panel]:
             "Fraction of prompt groups whose pictures all got the same reward; they are left out of the update.",
         ),
         ("turning_points", "Turning points", "Fraction of steps that are credited with all that follows them."),
+        (
+            "velocity_change",
+            "Change of the velocity",
+            "Mean square of the difference between the policy that is trained and the one that samples.",
+        ),
         ("loss", "Loss", "Mean over each update."),
         ("grad_norm", "Gradient norm", "Before clipping."),
         ("learning_rate", "Learning rate", "As scheduled."),
@@ -216,7 +221,7 @@ def collect_panels(history: RunHistory) -> list[Panel]:
                 "health",
             )
         )
-    others = [name for name in history.names(r"(.+)") if not FAMILIAR.fullmatch(name) and name != "turning_points"]
+    others = [name for name in history.names(r"(.+)") if not FAMILIAR.fullmatch(name)]
     curves = [(name, *history.series(name)) for name in others]
     for name, steps, values in [curve for curve in curves if curve[1]][:MOST_OTHERS]:
         panels.append(
@@ -314,13 +319,14 @@ def short_ticks(axes: Axes) -> None:
         if not isinstance(formatter, ScalarFormatter):
             continue
         formatter.set_useOffset(False)
+        formatter.set_scientific(False)
         low, high = axis.get_view_interval()
         largest = max(abs(low), abs(high))
         # Three digits have to tell one tick from the next.
         if largest >= 10_000 and abs(high - low) > 0.05 * largest:
             axis.set_major_formatter(lambda value, _: ("-" if value < 0 else "") + format_count(abs(value)))
         elif largest < 1e-3:
-            axis.set_major_formatter(lambda value, _: re.sub(r"e-0?", "e-", f"{value:.2g}"))
+            axis.set_major_formatter(lambda value, _: re.sub(r"\.?0*e-0?", "e-", f"{value:.2e}") if value else "0")
 
 
 def plain(text: str, length: int = 40) -> str:
@@ -519,7 +525,7 @@ def _draw_per_step(
     rows: list[list[float]],
     reference: float | None,
     as_bars: bool,
-    unit_interval: bool,
+    from_zero: bool,
 ) -> None:
     table = np.array(rows)
     if len(table) >= 8:
@@ -543,9 +549,8 @@ def _draw_per_step(
             axes.plot(positions, means, color=color, linewidth=2, marker="o", markersize=4.5, label=label or None)
     if len(indices) <= 12:
         axes.set_xticks(indices)
-    if unit_interval:
-        high = axes.get_ylim()[1]
-        axes.set_ylim(0, 1 if reference is not None else high)
+    if from_zero:
+        axes.set_ylim(0, 1 if reference is not None else 1.05 * axes.get_ylim()[1])
     axes.set_xlabel("denoising step (0 = most noise)")
 
 
@@ -553,17 +558,16 @@ def _noise_panel(history: RunHistory, title: str, note: str, indices: list[int],
     """Noise levels of the newest update, beside those that the calibration of the table began with."""
     newest = rows[-1]
     first = history.calibration.get("before", {}).get("noise_level")
+    sides = [(newest, LATE, None)]
     if isinstance(first, list) and len(first) > max(indices) and all(map(finite, first)):
-        note += " Gray: before calibration."
-    else:
-        first = None
+        before = [first[index] for index in indices]
+        sides = [(before, EARLY, "before calibration"), (newest, LATE, "in training")]
 
     def draw(axes: Axes) -> None:
-        sides = ([([first[index] for index in indices], EARLY)] if first is not None else []) + [(newest, LATE)]
         width = 0.8 / len(sides)
-        for number, (levels, color) in enumerate(sides):
+        for number, (levels, color, label) in enumerate(sides):
             offset = (number - (len(sides) - 1) / 2) * width
-            axes.bar(np.array(indices) + offset, levels, width * 0.92, color=color)
+            axes.bar(np.array(indices) + offset, levels, width * 0.92, color=color, label=label)
         axes.set_xlim(min(indices) - 0.7, max(indices) + 0.7)
         if len(indices) <= 12:
             axes.set_xticks(indices)
