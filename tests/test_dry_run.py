@@ -16,9 +16,12 @@
 
 import gc
 import io
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from peft import LoraConfig
 from pipelines import brightness, prompts, tiny_sd3
 from rich.console import Console
@@ -27,9 +30,22 @@ from transformers import TrainerCallback
 import trl_flow
 from trl_flow import cli
 from trl_flow.report.plan import PlanPicture
+from trl_flow.rewards import Reward
 from trl_flow.rollout import dense_plan
+from trl_flow.scripts import estimate as estimating
 from trl_flow.scripts.arguments import TrainingScriptArguments
-from trl_flow.scripts.dry_run import Work, group_work, num_updates, print_plan, print_run, rollout_work, run_work
+from trl_flow.scripts.dry_run import (
+    Work,
+    group_work,
+    num_updates,
+    print_plan,
+    print_run,
+    rollout_work,
+    rollouts,
+    run_work,
+    time_text,
+)
+from trl_flow.scripts.estimate import Cost, estimate, measure, num_evaluations
 from trl_flow.scripts.methods import METHODS
 from trl_flow.scripts.training import make_training_parser, resolved_config
 from trl_flow.trainer.saving import RUN_FILE
@@ -48,8 +64,9 @@ def frozen_heap():
 
 
 @pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """The report has tests of its own."""
+def quick(monkeypatch):
+    """The report has tests of its own, and how exactly a part is timed is of no interest here."""
+    monkeypatch.setattr(estimating, "SECONDS_OF_A_PART", 0.0)
     monkeypatch.setattr("trl_flow.trainer.flow_grpo_trainer.write_report", lambda output_dir: None)
 
 
@@ -63,7 +80,7 @@ class FromTheFirstStep(TrainerCallback):
         self.counted.clear()
 
 
-def make_trainer(command, directory, scored=None, **settings):
+def make_trainer(command, directory, scored=None, num_eval_prompts=0, **settings):
     """A trainer of a tiny pipeline; the numbers of pictures that its reward is called with are added to `scored`."""
     scored = [] if scored is None else scored
 
@@ -96,6 +113,7 @@ def make_trainer(command, directory, scored=None, **settings):
         reward_funcs=counted_brightness,
         args=getattr(trl_flow, method.config)(output_dir=str(directory), **settings),
         train_dataset=prompts(6),
+        eval_dataset=prompts(num_eval_prompts) if num_eval_prompts else None,
         peft_config=LoraConfig(r=2, lora_alpha=6, target_modules=None),
         callbacks=[FromTheFirstStep(scored)],
     )
@@ -145,6 +163,123 @@ def test_counts_by_hand(tmp_path):
     assert mix.evaluations == 2 * ((1 + 9) + (2 + 6) + (3 + 3))
 
 
+@pytest.mark.parametrize(
+    "command, settings",
+    [
+        ("flow-grpo", {"steps_per_generation": 4, "rollout_batch_size": 4, "transition_batch_size": 2}),
+        ("dense-grpo", {"tail_steps": 1, "rollout_batch_size": 5, "num_iterations": 2}),
+        ("g2rpo", {"granularities": [1, 2], "update_per_step": True, "transition_batch_size": 1}),
+        ("mix-grpo", {"sde_window_size": 1, "sde_window_range": [0, 3], "sde_window_interval": 1}),
+    ],
+)
+def test_estimate_counts_what_a_run_does(command, settings, tmp_path, monkeypatch):
+    """Where each row of each call takes a second, and where each call does."""
+    costs = {Cost(0.0, 1.0): None, Cost(1.0, 0.0): None}
+    settings = {"max_steps": 2, "num_eval_prompts": 3, "eval_strategy": "steps", "eval_steps": 1, **settings}
+    for cost in costs:
+        trainer = make_trainer(command, tmp_path / "told", **settings)
+        with monkeypatch.context() as patched:
+            patched.setattr(estimating, "measure", lambda call, rows, device, cost=cost: cost)
+            costs[cost] = estimate(trainer, rollouts(trainer), num_updates(trainer))
+        work, updates = run_work(trainer), num_updates(trainer)
+    by_row, by_call = costs.values()
+    rollout_count, prompts_each = sum(count for _, count in rollouts(trainer)), trainer.args.steps_per_generation
+    assert by_row.untimed == []
+    # Six prompts to train on are all met; an evaluation has 3 steps, a decoder and a reward, and 3 prompts of its own.
+    assert by_row.seconds["rollouts"] == work.evaluations + work.pictures + min(6, rollout_count * prompts_each)
+    assert by_row.seconds["rewards"] == work.scores
+    assert by_row.seconds["training"] == work.rows + work.replays + updates
+    assert by_row.seconds["evaluations"] == by_row.evaluations * 3 * (3 + 1 + 1) + 3
+
+    trainer = make_trainer(command, tmp_path / "run", **settings)
+    calls, evaluations, _ = [], [], trainer.policy.image_size  # which decodes a picture, once
+    forward, decode, evaluate = trainer.policy.forward, trainer.policy.decode, trainer.evaluate
+    monkeypatch.setattr(trainer.policy, "forward", lambda *args: calls.append(1) or forward(*args))
+
+    def decoding(latents, batch_size=None, *args):
+        calls.extend([1] * math.ceil(len(latents) / (batch_size or len(latents))))
+        return decode(latents, batch_size, *args)
+
+    def evaluating(*args, **kwargs):
+        before = len(calls)
+        metrics = evaluate(*args, **kwargs)
+        evaluations.append(len(calls) - before)
+        del calls[before:]
+        return metrics
+
+    monkeypatch.setattr(trainer.policy, "decode", decoding)
+    trainer.evaluate = evaluating
+    trainer.train()
+    assert by_call.seconds["rollouts"] + by_call.seconds["training"] == len(calls)
+    # Its reward is called, too.
+    assert by_call.seconds["evaluations"] == sum(evaluations) + len(evaluations)
+    assert by_call.evaluations == len(evaluations)
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"eval_strategy": "no"}, 2),
+        ({"eval_strategy": "steps", "eval_steps": 3}, 4),
+        ({"eval_strategy": "steps", "eval_steps": 0.5}, 3),
+        ({"eval_strategy": "steps", "eval_steps": 7, "eval_on_start": False}, 1),
+        ({"eval_strategy": "epoch"}, 4),
+    ],
+)
+def test_number_of_evaluations(settings, expected, tmp_path):
+    """Of seven updates, of which three make an epoch; the last one is followed by an evaluation."""
+    trainer = make_trainer("flow-grpo", tmp_path, num_eval_prompts=1, max_steps=7, **settings)
+    assert num_evaluations(trainer, 7) == expected
+    evaluations, evaluate = [], trainer.evaluate
+
+    def noted(*args, **kwargs):
+        evaluations.append(trainer.state.global_step)
+        return evaluate(*args, **kwargs)
+
+    trainer.evaluate = noted
+    trainer.train()
+    assert len(evaluations) == expected, evaluations
+
+
+def test_line_through_two_measurements(monkeypatch):
+    clock, sizes = [0.0], []
+    monkeypatch.setattr(estimating, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def call(n):
+        sizes.append(n)
+        clock[0] += 2.0 + 3.0 * n
+
+    assert measure(call, 4, torch.device("cpu")) == Cost(2.0, 3.0)
+    assert Cost(2.0, 3.0).of(5, batch_size=2, times=10) == 10 * (3 * 2.0 + 5 * 3.0)
+    # A full batch is not waited for if it would take long.
+    sizes.clear()
+    assert measure(call, 400, torch.device("cpu")) == Cost(0.0, 5.0)
+    assert set(sizes) == {1}
+
+
+def test_rewards_that_load_or_wait_are_not_timed(tmp_path, monkeypatch):
+    class Loads(Reward):
+        def prepare(self, device):
+            raise AssertionError
+
+    async def waits(images, **kwargs):
+        raise AssertionError
+
+    trainer = make_trainer("flow-grpo", tmp_path)
+    trainer.reward_funcs += [Loads(), waits]
+    trainer.reward_names += ["loads", "waits"]
+    weights = [parameter.clone() for parameter in trainer._trainable]
+    text = time_text(trainer, 1)
+    assert text.startswith("about ") and "which were not timed: loads, waits; not counted: loading" in text
+    assert all(torch.equal(now, then) for now, then in zip(trainer._trainable, weights, strict=True))
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(trainer.policy, "forward", out_of_memory)
+    assert "too little memory for rollout_batch_size=32" in time_text(trainer, 1)
+
+
 def test_what_is_printed_is_what_is_counted(tmp_path, capsys):
     trainer = make_trainer("dense-grpo", tmp_path / "run", max_steps=5)
     print_run(trainer, TrainingScriptArguments(), "there", Console(width=100))
@@ -155,6 +290,7 @@ def test_what_is_printed_is_what_is_counted(tmp_path, capsys):
     assert "Rollout 2 prompts; 1 update" in rows and "Run 5 updates from 5 rollouts" in rows
     assert any(row.endswith("×3: 3 pictures") for row in rows) and sum("└" in row for row in rows) == 3
     assert any(row.startswith("Memory about") for row in rows)
+    assert any(row.startswith("Time about") for row in rows)
     # A notebook shows the same tree.
     drawing = str(trainer.plan()).splitlines()
     assert [row for row in drawing if "□  " in row][0].split("  ")[-1] == "×3: 3 pictures"

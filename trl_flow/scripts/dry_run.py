@@ -15,6 +15,7 @@
 """What a training command would do, without doing it."""
 
 import tempfile
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..report.plan import ASCII, PlanPicture, plan_text
+from ..report.text import format_duration
 from .arguments import TrainingScriptArguments
+from .estimate import estimate, rows_per_step
 
 
 def dry_run(trainer_class: type, script_args: TrainingScriptArguments, training_args: Any) -> None:
@@ -111,14 +114,7 @@ class Work:
 def group_work(trainer, sde_steps: list[int]) -> Work:
     """What one prompt group takes, with these steps stochastic."""
     args, plan = trainer.args, trainer.rollout_plan(sde_steps)
-    edges = [plan.transitions[step] for step in plan.steps]
-    shape = (1, len(edges), len(edges[0]))
-    # Which transitions are trained may depend on their advantages, but how many does not, if no two are equal.
-    advantages = torch.linspace(-1, 1, shape[1] * shape[2]).reshape(shape)
-    trained = trainer.trained(advantages, torch.ones(shape, dtype=torch.bool), ["dry run"])[0]
-    parents = torch.tensor([[edge.parent for edge in group] for group in edges])
-    # Siblings share their parent's velocity.
-    rows = sum(len(parents[s][trained[s]].unique()) for s in range(len(edges)))
+    rows = sum(rows_per_step(trainer, plan))
     return Work(
         evaluations=plan.num_evaluations,
         pictures=len(plan.leaves),
@@ -155,19 +151,23 @@ def num_updates(trainer) -> int:
     return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 
-def run_work(trainer) -> Work:
-    """What all rollouts of a run take, as their stochastic steps move; those of a last, partial rollout in full."""
-    rollouts = -(-num_updates(trainer) // updates_per_rollout(trainer))
+def rollouts(trainer) -> list[tuple[list[int], int]]:
+    """Stochastic steps, and how many rollouts of the run have them; a last, partial rollout counts as a whole one."""
+    count = -(-num_updates(trainer) // updates_per_rollout(trainer))
     micro_steps = updates_per_rollout(trainer) * trainer.args.gradient_accumulation_steps
-    total, known = Work(), {}
-    begun = trainer._step
-    for rollout in range(rollouts):
+    begun, found = trainer._step, Counter()
+    for rollout in range(count):
         trainer._step = rollout * micro_steps
-        steps = trainer.rollout_steps()
-        if tuple(steps) not in known:
-            known[tuple(steps)] = rollout_work(trainer, steps)
-        total = total.plus(known[tuple(steps)])
+        found[tuple(trainer.rollout_steps())] += 1
     trainer._step = begun
+    return [(list(steps), times) for steps, times in found.items()]
+
+
+def run_work(trainer) -> Work:
+    """What all rollouts of a run take, as their stochastic steps move."""
+    total = Work()
+    for steps, times in rollouts(trainer):
+        total = total.plus(rollout_work(trainer, steps).times(times))
     return total
 
 
@@ -213,7 +213,8 @@ def print_run(trainer, script_args: TrainingScriptArguments, output_dir: str, co
             table.add_row(label, *(f"{getattr(work, name):,}" if getattr(work, name) else "" for work in columns))
     console.print(table)
     console.print()
-    print_table(update_facts(trainer, updates), console)
+    facts = update_facts(trainer, updates)
+    print_table([*facts, ("Time", time_text(trainer, updates))], console)
 
 
 def print_table(facts: list[tuple[str, str]], console: Console) -> None:
@@ -309,3 +310,30 @@ def update_facts(trainer, updates: int) -> list[tuple[str, str]]:
             )
         )
     return facts + [("Warning", warning) for warning in diagnosis.warnings]
+
+
+def time_text(trainer, updates: int) -> str:
+    """How long the run will take on this device, and what is not counted."""
+    args = trainer.args
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return "not measured, as weights are spread over processes"
+    try:
+        found = estimate(trainer, rollouts(trainer), updates)
+    except torch.OutOfMemoryError:
+        return (
+            f"not measured: the device has too little memory for rollout_batch_size={args.rollout_batch_size} or "
+            f"transition_batch_size={args.transition_batch_size}"
+        )
+    parts = dict(found.seconds)
+    if found.evaluations:
+        several = "s" if found.evaluations > 1 else ""
+        parts[f"{found.evaluations} evaluation{several}"] = parts.pop("evaluations")
+    total = sum(parts.values())
+    text = f"about {format_duration(total)} on {trainer.accelerator.device.type}"
+    text += f", on {args.world_size} such at a time" if args.world_size > 1 else ""
+    text += (
+        f" ({', '.join(f'{part} {format_duration(seconds)}' for part, seconds in parts.items() if seconds >= 0.5)})"
+    )
+    if found.untimed:
+        text += f", and what these rewards take, which were not timed: {', '.join(found.untimed)}"
+    return f"{text}; not counted: loading, saving, the report"
