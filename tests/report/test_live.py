@@ -17,7 +17,7 @@ import logging
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from trl_flow.report.live import LiveReport
+from trl_flow.report.live import LiveReport, report_stop
 
 
 LOG = [
@@ -85,3 +85,14 @@ def test_an_error_costs_the_report_and_not_the_run(evaluate, clock, tmp_path, ca
     with caplog.at_level("WARNING"):
         assert evaluate(LiveReport(), LOG) == ""
     assert "The report could not be written (" in caplog.text
+
+
+def test_a_run_that_stopped_does_not_say_that_it_goes_on(evaluate, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    state = TrainerState(log_history=LOG, max_steps=9, is_world_process_zero=True)
+    report_stop(args, state)
+    assert not (tmp_path / "report.html").exists(), "it had no report, and needs none"
+    assert "http-equiv" in evaluate(LiveReport(), LOG)
+    report_stop(args, state)
+    page = (tmp_path / "report.html").read_text()
+    assert "http-equiv" not in page and "Not finished" in page

@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -54,11 +55,21 @@ class LiveReport(TrainerCallback):
         began = time.monotonic()
         if not state.is_world_process_zero or not state.log_history or began < self._due_at:
             return
-        try:
-            write_report(args.output_dir, state.log_history, max_steps=state.max_steps)
-        except Exception as error:
-            logger.warning_once(
-                f"The report could not be written ({type(error).__name__}: {error}). Training goes on."
-            )
+        _write_report(args, state, is_running=True)
         now = time.monotonic()
         self._due_at = now + (now - began) / LARGEST_SHARE
+
+
+def report_stop(args, state):
+    """Writes the report of a run that has stopped before its end, so that its page doesn't say that it goes on."""
+    if state.is_world_process_zero and state.log_history and Path(args.output_dir, "report.html").is_file():
+        _write_report(args, state, is_running=False)
+
+
+def _write_report(args, state, is_running: bool):
+    try:
+        write_report(args.output_dir, state.log_history, max_steps=state.max_steps, is_running=is_running)
+    except Exception as error:
+        logger.warning_once(
+            f"The report could not be written ({type(error).__name__}: {error}). That costs the report alone."
+        )

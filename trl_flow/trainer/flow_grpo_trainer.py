@@ -50,7 +50,7 @@ from ..objective import (
 from ..policy import FlowPolicy, default_call_arguments, encode_prompts, load_pipeline
 from ..policy.doctor import Diagnosis, Untrainable, examine_policy
 from ..report import ProgressLine, write_report
-from ..report.live import LiveReport
+from ..report.live import LiveReport, report_stop
 from ..report.plan import PlanPicture
 from ..report.tracking import TrackerPictures
 from ..rewards import RewardThreads
@@ -609,6 +609,9 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             if self.eval_dataset is not None and self.last_evaluation() != self.state.global_step:
                 self._save_for_last_evaluation()
                 self.evaluate()
+        except BaseException:
+            report_stop(self.args, self.state)
+            raise
         finally:
             self._reward_threads.close()
         self.save_state()
