@@ -315,7 +315,7 @@ def test_in_another_thread_a_run_trains_as_without(tmp_path):
     ids=lambda value: type(value).__name__ if not isinstance(value, int) else str(value),
 )
 def test_exit_codes_are_those_that_help_names(monkeypatch, capsys, error, code):
-    def run_training(command, *parsed):
+    def run_training(command, *parsed, **kwargs):
         if error is not None:
             raise error
 
