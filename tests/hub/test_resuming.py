@@ -129,6 +129,18 @@ found["command"] = [codes, [Path(name, "adapter_model.safetensors").read_bytes()
 found["config"] = Path("again/config.yaml").read_text()
 print(json.dumps(found))
 """
+TRAIN_ON_TWO = """
+name = sys.argv[1]
+pushes = dict(push_to_hub=True, hub_model_id="user/two", hub_strategy="checkpoint") if name == "stopped" else {}
+trainer = run(name, [Stop()] if name == "stopped" else None, **pushes)
+trainer.train(resume_from_checkpoint={"resumed": "user/two", "refused": "user/nothing"}.get(name))
+trainer.accelerator.wait_for_everyone()
+"""
+LAUNCH = """
+import subprocess, sys
+launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *sys.argv[1:]]
+sys.exit(subprocess.run(launch).returncode)
+"""
 SHAPES = """
 model_name_or_path: shapes
 max_steps: 2
@@ -243,7 +255,7 @@ def test_any_checkpoint_of_all(slow, name, begun):
 @pytest.mark.slow
 def test_the_best_checkpoint_comes_with_the_last(slow):
     straight, resumed, expected, weights = slow[0]["best"]
-    assert Path(straight).name == Path(resumed).name != "checkpoint-4"
+    assert Path(straight).name == Path(resumed).name in ("checkpoint-1", "checkpoint-2")  # before the last one
     assert resumed.startswith("best resumed")
     assert weights == expected
 
@@ -268,6 +280,33 @@ def test_the_command_line(slow):
     assert codes == [0, 0]
     assert resumed == straight
     assert "resume_from_checkpoint" not in slow[0]["config"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_download_once_and_both_go_on(tmp_path):
+    """And both end when there is nothing to go on with."""
+    train = PRELUDE.format(tests=str(Path(__file__).parents[1])) + TRAIN_ON_TWO
+    (tmp_path / "train.py").write_text(train)
+    with LoopbackHub() as hub:
+        for name in ("straight", "stopped", "resumed", "refused"):
+            result = hub.run(
+                LAUNCH, name, cwd=tmp_path, env={"HF_HOME": str(tmp_path / f"home of {name}")}, check=False
+            )
+            assert (result.returncode == 0) == (name != "refused"), result.stderr[:6000]
+            if name == "stopped":
+                hub.requests.clear()
+            if name == "resumed":
+                downloads = [path for method, path in hub.requests if method == "GET" and "/resolve/" in path]
+    assert result.stderr.count("ValueError: resume_from_checkpoint='user/nothing' is no directory here") == 2
+    assert not (tmp_path / "refused" / "run.json").exists()
+    assert sorted(path.name for path in (tmp_path / "resumed").glob("checkpoint-3/rollout_state_*.pt")) == [
+        "rollout_state_0.pt",
+        "rollout_state_1.pt",
+    ]
+    assert len(downloads) == len(set(downloads)) > 10
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("straight", "resumed")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(

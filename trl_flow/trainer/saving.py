@@ -400,7 +400,9 @@ class SavingMixin:
 
     def _rollout_state(self, checkpoint: str) -> dict:
         file = os.path.join(checkpoint, f"rollout_state_{self.args.process_index}.pt")
-        return torch.load(file, weights_only=True, map_location=self.accelerator.device)
+        # Of several processes without a GPU one has the device "cpu:0", which torch cannot load to.
+        device = "cpu" if self.accelerator.device.type == "cpu" else self.accelerator.device
+        return torch.load(file, weights_only=True, map_location=device)
 
     def _load_average(self, state: dict):
         if self._ema is not None and state["ema"] is not None:
