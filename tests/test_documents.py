@@ -18,29 +18,24 @@ import importlib
 import os
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import yaml
+from documents import PAGES, ROOT, find_blocks
 
 from trl_flow.cli import COMMANDS
 from trl_flow.scripts.methods import METHODS
 from trl_flow.scripts.training import make_training_parser
 
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("model_cards/*.md")])
 KNOWN = [name for commands in COMMANDS.values() for name in commands]
+# Blocks that are not run, beside Sphinx's directives.
+TEXT = ("", "text", "bibtex", "py")  # `py`: code of other projects
 
 
 def blocks(language: str) -> list:
     """Code blocks of all pages, each with a name to find it by."""
-    found = []
-    for page in PAGES:
-        for match in re.finditer(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
-            line = page.read_text()[: match.start()].count("\n") + 1
-            found.append(pytest.param(match[1], id=f"{page.relative_to(ROOT)}:{line}"))
-    return found
+    return [pytest.param(block.code, id=block.name) for block in find_blocks() if block.language == language]
 
 
 def commands() -> list:
@@ -60,6 +55,13 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not re.match(r"[a-z]+:", target) and not target.startswith("#"):
             assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_languages_of_blocks():
+    """Those of test_documents_run.py, so that no block is missed for its name."""
+    for block in find_blocks():
+        known = block.language in ("bash", "python", "yaml", *TEXT) or block.language.startswith("{")
+        assert known, f"{block.name}: {block.language!r} is not run by any test"
 
 
 @pytest.mark.parametrize("words", commands())
@@ -89,3 +91,10 @@ def test_code_is_python_that_imports(code):
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_yaml_is_yaml(text):
     assert isinstance(yaml.safe_load(text), dict)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_in_sentences_exist(page):
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for program, name in re.findall(r"`(trl-flow|make) ([a-z][\w-]*)[^`\n]*`", page.read_text()):
+        assert name in (KNOWN if program == "trl-flow" else targets), f"{program} {name}"
