@@ -197,6 +197,10 @@ class TestParser:
         error = usage_error(capsys, lambda: parse(tmp_path, ["--num_processes", "2"]))
         assert "unknown argument --num_processes" in error
 
+    def test_hyphens(self, tmp_path):
+        (settings,) = parse(tmp_path, ["--learning-rate=0.3", "--num-generations", "5", "--no-shuffle"])
+        assert (settings.learning_rate, settings.num_generations, settings.shuffle) == (0.3, 5, False)
+
     def test_nearest_name_may_be_one_of_accelerate(self, tmp_path, capsys):
         error = usage_error(capsys, lambda: parse(tmp_path, ["--num_proceses", "2"], launches=True))
         assert "Did you mean --num_processes?" in error
@@ -369,16 +373,22 @@ class TestMain:
         *lines, imported = result.stdout.splitlines()
         assert imported == "[]"
         titles = [line.removesuffix(":") for line in lines if line.endswith(":") and not line.startswith(" ")]
-        assert titles == ["Train", "Prepare", "Rewards and prompts", "Look", "Publish", "Examples"]
+        assert titles == ["Train", "Prepare", "Rewards and prompts", "Look", "Publish", "Examples", "Exit codes"]
+        assert max(map(len, lines)) <= 80
         assert all(any(line.startswith(f"  {name} ") for line in lines) for name in COMMANDS)
 
     @pytest.mark.parametrize("command", COMMANDS)
-    def test_help_of_a_command(self, command, capsys):
+    def test_help_of_a_command(self, command, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setenv("TRL_FLOW_LERNING_RATE", "1")  # help is for those who have a setting wrong
         with pytest.raises(SystemExit) as caught:
             cli.main([command, "--help"])
         assert caught.value.code == 0
         output = capsys.readouterr().out
         assert output.startswith(f"usage: trl-flow {command}")
+        # A long name has a line of its own; command lines are not broken.
+        lines = [line for line in output.splitlines() if not line.startswith(("  --", "  trl-flow "))]
+        assert [line for line in lines if len(line) > 80] == []
         if command in METHODS:
             assert METHODS[command].description in " ".join(output.split())
 
@@ -396,6 +406,16 @@ class TestMain:
 
         assert cli.main(["--version"]) == 0
         assert capsys.readouterr().out.strip() == __version__
+
+    @pytest.mark.parametrize(
+        "args", [["--seed", "x"], ["--seeed", "1"], ["--config", "nowhere.yaml"], ["--kl-typo", "mean"]]
+    )
+    def test_wrong_command_line_has_an_exit_code_of_its_own(self, args, capsys):
+        usage_error(capsys, lambda: cli.main(["flow-grpo", *args]))
+
+    def test_wrong_variable_has_the_same_exit_code(self, capsys, monkeypatch):
+        monkeypatch.setenv("TRL_FLOW_SEED", "x")
+        usage_error(capsys, lambda: cli.main(["flow-grpo", "--seed", "1"]))
 
     def test_user_error_is_one_line(self, capsys):
         assert cli.main(["generate", "--model", "shapes"]) == 1
@@ -586,12 +606,24 @@ class TestTrainingCommand:
             "Model and adapter:",
             "Rewards and prompts:",
             "Method:",
+            "Rollouts:",
+            "Advantages and objective:",
             "Training:",
             "Evaluation, logging and saving:",
+            "Hub:",
+            "General:",
+            "Examples:",
         ]
         positions = [text.index(f"\n{title}\n") for title in titles]
         assert positions == sorted(positions)
-        assert positions[2] < text.index("--dense_reward") < text.index("--num_generations") < positions[3]
+        assert (
+            positions[2] < text.index("--dense_reward") < positions[3] < text.index("--num_generations") < positions[4]
+        )
+        explained = text[: text.index("Other settings")]
+        others = text[text.index("Other settings") : text.index("General:")]
+        for name in (*own_fields(trl_flow.DenseGRPOConfig), "hub_revision", "hub_always_push"):
+            assert f"--{name}" in explained and f" {name}," not in others, name
+        assert "hub_token" in others
         assert text.count("--learning_rate ") == 1
 
     def test_no_reward_for_a_model_that_brings_none(self):

@@ -18,6 +18,7 @@ import difflib
 import importlib
 import os
 import sys
+import textwrap
 
 from . import __version__
 from .environment import check_torchvision
@@ -49,29 +50,41 @@ COMMANDS = {
     },
 }
 
-USAGE = "usage: trl-flow [--help] [--version] [--debug] COMMAND [--config FILE.yaml] [--NAME VALUE ...]"
+USAGE = "usage: trl-flow [--help] [--version] [--debug] COMMAND [--NAME VALUE ...]"
 
 
 def format_help() -> str:
-    lines = [USAGE, "", "Align flow-matching pipelines with reward functions by online reinforcement learning."]
+    lines = [USAGE, "", "Align flow-matching pipelines with rewards by online reinforcement learning."]
     width = max(len(name) for commands in COMMANDS.values() for name in commands)
     for title, commands in COMMANDS.items():
-        lines += ["", f"{title}:", *(f"  {name:<{width}}  {text}" for name, text in commands.items())]
+        lines += ["", f"{title}:"]
+        for name, text in commands.items():
+            lines += textwrap.wrap(
+                text, 80, initial_indent=f"  {name:<{width}}  ", subsequent_indent=" " * (width + 4)
+            )
     lines += [
         "",
-        "`trl-flow COMMAND --help` lists the settings of a command. Any of them can stand in a YAML file (--config);",
-        "what is given on the command line wins. Training commands also take the arguments of `accelerate launch`,",
-        "and `--accelerate_config NAME|FILE` with TRL's names: single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2.",
+        "`trl-flow COMMAND --help` lists the settings of a command. Each can stand on the",
+        "command line, in the environment (TRL_FLOW_LEARNING_RATE=1e-4) and in a YAML",
+        "file (--config): the first of these wins. Training commands also take the",
+        "arguments of `accelerate launch`, and `--accelerate_config NAME|FILE` with TRL's",
+        "names: single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2.",
         "",
         "Examples:",
         "  trl-flow doctor shapes",
-        "  trl-flow dense-grpo --config examples/shapes/dense-grpo.yaml --output_dir runs/first",
-        '  trl-flow generate --adapter runs/first --prompt "a photo of a red circle" --compare',
+        "  trl-flow dense-grpo --config examples/shapes/dense-grpo.yaml \\",
+        "      --output_dir runs/first",
+        '  trl-flow generate --adapter runs/first --prompt "a red circle" --compare',
         "",
-        "Errors are one line; `trl-flow --debug COMMAND ...` or TRL_FLOW_DEBUG=1 shows where they come from.",
+        "Errors are one line; `trl-flow --debug COMMAND ...` or TRL_FLOW_DEBUG=1 shows",
+        "where they come from.",
         "",
-        "Exit codes: 0 done; 1 failed, or `doctor` found that a pipeline does not train; 2 the command line is wrong;",
-        "130 stopped by Ctrl-C, 143 by SIGTERM: a run that trains has saved a checkpoint then and said how to go on.",
+        "Exit codes:",
+        "  0    done",
+        "  1    failed, or `doctor` found that a pipeline does not train",
+        "  2    the command line, the environment or the YAML file is wrong",
+        "  130  stopped by Ctrl-C, 143 by SIGTERM: a run that trains has saved a",
+        "       checkpoint then and said how to go on",
     ]
     return "\n".join(lines)
 

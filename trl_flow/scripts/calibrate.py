@@ -170,8 +170,12 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
         "reward_weights",
         "seed",
     ]
-    prompts = [name for name in FlowScriptArguments.HELP_GROUPS["Rewards and prompts"] if "eval" not in name]
-    model = [name for name in FlowScriptArguments.HELP_GROUPS["Model and adapter"] if "lora" not in name]
+    prompts = [
+        name
+        for name in FlowScriptArguments.HELP_GROUPS["Rewards and prompts"]
+        if "eval" not in name and "test" not in name and name != "on_reward_hacking"
+    ]
+    model = [name for name in FlowScriptArguments.HELP_GROUPS["Model and adapter"] if name[:4] not in ("lora", "use_")]
     settings = dict(
         dataclass_types=(FlowScriptArguments, CalibrateArguments, DenseGRPOConfig),
         help_groups={

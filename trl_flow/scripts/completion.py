@@ -60,7 +60,7 @@ class CompletionParser(argparse.ArgumentParser):
             allow_abbrev=False,
             description="Print a script that completes commands, settings and choices in a shell.",
             epilog=f"Write it where your shell looks for such scripts:\n{lines}\n\nThe script knows the settings of this "
-            f"version, {__version__}: write it again after an update.",
+            f"version, {__version__}:\nwrite it again after an update.",
         )
         self.add_argument("shell", choices=list(SHELLS), help="bash, zsh or fish")
 

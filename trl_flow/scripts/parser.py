@@ -72,11 +72,19 @@ def _is_hyphenated(name: str) -> bool:
 
 class _HelpAllAction(argparse.Action):
     def __init__(self, option_strings, dest, **kwargs):
-        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **kwargs)
+        super().__init__(option_strings, dest=dest, default=argparse.SUPPRESS, nargs=0, **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None):
         print(parser.format_help(everything=True), end="")
         parser.exit()
+
+
+def file(name: str) -> str:
+    return name
+
+
+# Read before argparse begins, and known to it by this for help alone.
+_CONFIG = argparse.Action(["--config"], "config", type=file, help="YAML file with settings by their names.")
 
 
 class FlowParser(TrlParser):
@@ -96,6 +104,10 @@ class FlowParser(TrlParser):
             Group title to names of settings, in the order in which help shows them.
         launches (`bool`, *optional*, defaults to `False`):
             Whether arguments of `accelerate launch` are accepted beside the settings.
+        help_texts (`Mapping[str, str]`, *optional*):
+            Help of settings whose own does not say what the command makes of them.
+        examples (`Iterable[str]`, *optional*):
+            Command lines, with which help ends.
         **kwargs:
             Keyword arguments of [`~trl.TrlParser`].
     """
@@ -105,12 +117,17 @@ class FlowParser(TrlParser):
         dataclass_types: Iterable[type],
         help_groups: Mapping[str, list[str]] | None = None,
         launches: bool = False,
+        help_texts: Mapping[str, str] | None = None,
+        examples: Iterable[str] = (),
         **kwargs,
     ):
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.help_groups = dict(help_groups or {})
         self.launches = launches
+        self.examples = list(examples)
+        for name, text in {"help": "Explain the settings and exit.", **(help_texts or {})}.items():
+            self._first_actions()[name].help = text
         self.usage = f"{self.prog} [--config FILE.yaml] [--NAME VALUE ...]" if self.settings else self.prog
         self.add_argument("--help_all", action=_HelpAllAction, help="Explain every setting and exit.")
 
@@ -298,8 +315,20 @@ class FlowParser(TrlParser):
             formatter.start_section("Other settings, explained by --help_all")
             formatter.add_text(", ".join(others))
             formatter.end_section()
+        formatter.start_section("General")
+        if self.settings:
+            formatter.add_argument(_CONFIG)
+        formatter.add_arguments(actions[name] for name in ("help", "help_all") if name in actions)
+        formatter.end_section()
+        if self.settings:
+            formatter.add_text(
+                f"Every setting can also stand in a YAML file (--config) or in the environment, as {PREFIX}<NAME> (lists "
+                "as a,b or [a, b]; null for none). The command line wins over the environment, the environment over the "
+                "file."
+            )
         formatter.add_text(self.epilog)
-        return formatter.format_help()
+        examples = "".join(f"  {example}\n" for example in self.examples)
+        return formatter.format_help() + (f"\nExamples:\n{examples}" if examples else "")
 
 
 def _variable(setting: str) -> str:

@@ -43,18 +43,56 @@ from .quiet import quieten
 
 
 TRAINING_SETTINGS = {
+    "Rollouts": [
+        "num_generations",
+        "num_inference_steps",
+        "sigmas",
+        "sde_type",
+        "noise_level",
+        "sde_steps",
+        "same_initial_noise",
+        "guidance_scale",
+        "negative_prompt",
+        "height",
+        "width",
+        "num_frames",
+        "max_sequence_length",
+        "generation_kwargs",
+        "rollout_batch_size",
+        "precompute_prompts",
+    ],
+    "Advantages and objective": [
+        "reward_weights",
+        "multi_objective_aggregation",
+        "scale_rewards",
+        "advantage_clip",
+        "max_nan_fraction",
+        "objective",
+        "epsilon",
+        "epsilon_high",
+        "kl_mask_threshold",
+        "beta",
+        "kl_type",
+        "step_weighting",
+    ],
     "Training": [
         "output_dir",
         "dry_run",
+        "print_config",
         "learning_rate",
         "max_steps",
         "num_train_epochs",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
+        "steps_per_generation",
+        "num_iterations",
+        "transition_batch_size",
         "lr_scheduler_type",
         "warmup_steps",
         "weight_decay",
         "max_grad_norm",
+        "ema_decay",
+        "ema_update_after",
         "optim",
         "activation_checkpointing",
         "bf16",
@@ -65,18 +103,41 @@ TRAINING_SETTINGS = {
         "eval_strategy",
         "eval_steps",
         "eval_on_start",
+        "num_eval_inference_steps",
+        "eval_guidance_scale",
         "logging_steps",
         "report_to",
         "run_name",
+        "num_logged_images",
+        "log_images",
+        "num_printed_samples",
         "save_strategy",
         "save_steps",
         "save_total_limit",
         "resume_from_checkpoint",
+    ],
+    "Hub": [
         "push_to_hub",
         "hub_model_id",
+        "hub_revision",
         "hub_private_repo",
         "hub_strategy",
+        "hub_always_push",
     ],
+}
+MODEL_SETTINGS = ["adapter_name_or_path", "full_finetuning", "model_init_kwargs", "trust_remote_code"]
+
+# Where transformers' help is about its own scripts.
+HELP_TEXTS = {
+    "output_dir": "Directory of the run: what was trained, the report, pictures, checkpoints, and config.yaml, which "
+    "repeats the run. By default `trainer_output`.",
+    "resume_from_checkpoint": "Where to go on: `true` for the last checkpoint of `output_dir`, a checkpoint's directory, or a "
+    "repository on the Hub that checkpoints were pushed to (user/repo, user/repo/checkpoint-20@revision).",
+    "push_to_hub": "Whether to push the run to the Hub, when `hub_strategy` says so.",
+    "hub_model_id": "Repository, `user/repo`. By default your own, with the name of `output_dir`.",
+    "hub_private_repo": "Whether a new repository is private. By default as your account or organization has it.",
+    "hub_strategy": "When to push: at the `end`, at `every_save`, or then with the last `checkpoint` or `all_checkpoints`, from "
+    "which a run goes on anywhere.",
 }
 
 
@@ -89,16 +150,27 @@ def make_training_parser(command: str) -> FlowParser:
             Name in [`METHODS`].
     """
     config_class = getattr(trl_flow, METHODS[command].config)
-    general = {name for names in TRAINING_SETTINGS.values() for name in names}
+    general = {name for names in TRAINING_SETTINGS.values() for name in names} | set(MODEL_SETTINGS)
     method = [name for name in own_fields(config_class) if name not in general]
     return FlowParser(
         dataclass_types=(TrainingScriptArguments, config_class),
-        help_groups={**FlowScriptArguments.HELP_GROUPS, "Method": method, **TRAINING_SETTINGS},
+        help_groups={
+            "Model and adapter": FlowScriptArguments.HELP_GROUPS["Model and adapter"] + MODEL_SETTINGS,
+            "Rewards and prompts": FlowScriptArguments.HELP_GROUPS["Rewards and prompts"],
+            "Method": method,
+            **TRAINING_SETTINGS,
+        },
+        help_texts=HELP_TEXTS,
         launches=True,
         prog=f"trl-flow {command}",
         description=METHODS[command].description,
         epilog="The arguments of `accelerate launch` (--num_processes, --multi_gpu, ...) and --accelerate_config "
         "NAME|FILE are accepted too.",
+        examples=[
+            f"trl-flow {command} --config examples/shapes/{command}.yaml --dry_run",
+            f"trl-flow {command} --config examples/shapes/{command}.yaml \\\n      --output_dir runs/first",
+            f"trl-flow {command} --config runs/first/config.yaml --output_dir runs/again",
+        ],
     )
 
 
