@@ -35,6 +35,9 @@ exclude_patterns = ["_build"]
 
 # Headings down to the third level can be linked to, by the same names as on GitHub.
 myst_heading_anchors = 3
+# As on GitHub, too, an address is a link; a name of a file, such as report.md, is none.
+myst_enable_extensions = ["linkify"]
+myst_linkify_fuzzy_links = False
 
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False

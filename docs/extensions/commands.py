@@ -45,6 +45,8 @@ def table(parser, names) -> list[str]:
         if default is not None:
             value += f"<br>default: `{cell(getattr(default, 'value', default))}`"
         what = cell((action.help or "").replace("%%", "%"))
+        # Addresses in help texts are forms of an address, and lead nowhere.
+        what = re.sub(r"(?<![`\w:@])[\w:@]*https?://[\w:/.]+", r"`\g<0>`", what)
         lines.append(f"| `{name}` | {value} | {what} |")
     return [*lines, ""]
 
