@@ -157,7 +157,7 @@ def make_training_parser(command: str) -> FlowParser:
         help_groups={
             "Model and adapter": FlowScriptArguments.HELP_GROUPS["Model and adapter"] + MODEL_SETTINGS,
             "Rewards and prompts": FlowScriptArguments.HELP_GROUPS["Rewards and prompts"],
-            "Method": method,
+            **({"Method": method} if method else {}),
             **TRAINING_SETTINGS,
         },
         help_texts=HELP_TEXTS,
