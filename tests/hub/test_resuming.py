@@ -101,7 +101,7 @@ print(json.dumps(found))
 """
 SLOW = """
 found["straight"] = resumed("straight", None)
-settings = dict(load_best_model_at_end=True, metric_for_best_model="eval_rewards/brightness/std", eval_steps=1)
+settings = dict(load_best_model_at_end=True, metric_for_best_model="eval_reward", greater_is_better=False, eval_steps=1)
 best = run("best straight", **settings)
 best.train()
 found["best"] = [best.state.best_model_checkpoint]
