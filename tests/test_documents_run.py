@@ -146,9 +146,15 @@ def unknown_names(code: str) -> set[str]:
     return loaded - defined_names(code) - set(dir(builtins))
 
 
+def finished_runs(text: str) -> set[str]:
+    """Directories of runs that a text reads."""
+    return set(re.findall(r"(?<!output_dir[ =])(?<!output_dir=.)\bruns/[\w-]+", text))
+
+
 def is_slow(block: Block) -> bool:
     return (
-        block.language == "yaml"
+        bool(finished_runs(block.code))  # it takes seconds to make one
+        or block.language == "yaml"
         or bool(re.search(r"\.train\(|benchmarks/|make demo|evaluate|rewards serve", block.code))
         or (any(re.search(rf"trl-flow {name}\b(?!.*--(dry_run|help))", block.code) for name in METHODS))
     )
@@ -252,7 +258,7 @@ def place(bash, finished_run, tmp_path):
         (tmp_path / ".local/share/bash-completion/completions").mkdir(parents=True)
         (tmp_path / "tests").symlink_to(ROOT / "tests")
         (tmp_path / ".venv").symlink_to(bash.programs.parent)
-        for name in set(re.findall(r"(?<!output_dir[ =])(?<!output_dir=.)\bruns/[\w-]+", text)):
+        for name in finished_runs(text):
             shutil.copytree(finished_run(first_model(text)), tmp_path / name)
             config = tmp_path / name / "config.yaml"
             config.write_text(
