@@ -14,6 +14,7 @@
 
 import io
 import math
+import re
 
 import pytest
 import torch
@@ -58,8 +59,7 @@ class TestProgressLine:
         lines = play(ProgressLine(io.StringIO()), args).splitlines()
         assert len(lines) == 4
         assert lines[0] == "step 0/2 | held-out strict 0.500"
-        assert lines[1].startswith("step 1/2 | reward 0.250 | strict 0.500 | 12.3 images/s | ")
-        assert lines[1].endswith(" left")
+        assert re.fullmatch(r"step 1/2 \| reward 0.250 \| 12.3 images/s \| \d+:\d+ left \| strict 0.500", lines[1])
         assert lines[2].startswith("step 2/2 | reward 0.500 | ")
         assert lines[3] == "step 2/2 | held-out strict 0.500→0.700"
 
@@ -68,9 +68,19 @@ class TestProgressLine:
         assert text.count("\n") == 1, "one line, ended once"
         last = text.rstrip("\n").split("\r")[-1]
         assert "2/2" in last
-        assert "reward 0.500 | strict 0.500→0.700 | 12.3 images/s" in last
+        assert "reward 0.500 | 12.3 images/s | " in last and last.endswith(" left | strict 0.500→0.700")
         assert "evaluating, batch 1" in text
         assert "evaluating" not in last
+
+    def test_a_narrow_terminal_cuts_scores_off_before_speed_and_time(self, args):
+        line, state = ProgressLine(Terminal()), TrainerState(max_steps=1000, global_step=1)
+        logs = {f"eval_rewards/a_reward_with_a_long_name_{number}/mean": 0.5 for number in range(4)}
+        line.on_train_begin(args, TrainerState(max_steps=1000), None)
+        line.bar.dynamic_ncols, line.bar.ncols = None, 80
+        line.on_log(args, state, None, logs=logs)
+        line.on_log(args, state, None, logs={"reward": 0.5, "images_per_second": 12.0})
+        shown = line.stream.getvalue().split("\r")[-1]
+        assert len(shown) <= 80 and re.search(r"reward 0.500 \| 12 images/s \| [\d:]+ left \| a_re", shown)
 
     def test_other_processes_say_nothing(self, args):
         assert play(ProgressLine(io.StringIO()), args, is_main=False) == ""
@@ -99,7 +109,9 @@ class TestProgressLine:
 
         def left(line: ProgressLine) -> str:
             line.on_log(args, state, None, logs=logs)
-            return line.stream.getvalue().splitlines()[-1].split(" | ")[-1]
+            return next(
+                text for text in line.stream.getvalue().splitlines()[-1].split(" | ") if text.endswith(" left")
+            )
 
         texts = []
         for evaluates in (False, True):

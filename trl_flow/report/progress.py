@@ -81,13 +81,12 @@ class ProgressLine(TrainerCallback):
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         self.evaluated_batches += 1
         if self.bar is not None:
-            text = self._text()
-            self._show(f"evaluating, batch {self.evaluated_batches}" + (f" | {text}" if text else ""))
+            self.bar.set_postfix_str(_joined(f"evaluating, batch {self.evaluated_batches}", self._text()))
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.evaluated_batches = 0
         if self.bar is not None:
-            self._show(self._text() + self._remaining(args, state))
+            self.bar.set_postfix_str(self._text(self._remaining(args, state)))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -99,23 +98,19 @@ class ProgressLine(TrainerCallback):
         if finite(logs.get("eval_runtime")):
             self._last_evaluation = (state.global_step, logs["eval_runtime"])
             self._seconds_evaluating += logs["eval_runtime"]
+        text = self._text(self._remaining(args, state))
         if self.bar is not None:
-            self._show(self._text() + self._remaining(args, state))
+            self.bar.set_postfix_str(text)
             return
-        line = f"step {state.global_step}/{state.max_steps} | " if state.max_steps else ""
-        line += f"held-out {self._score_text()}" if is_evaluation else self._text()
-        line += self._remaining(args, state) if not is_evaluation else ""
+        step = f"step {state.global_step}/{state.max_steps}" if state.max_steps else ""
         stream = self.stream or sys.stderr
-        stream.write(line + "\n")
+        stream.write(_joined(step, f"held-out {self._score_text()}" if is_evaluation else text) + "\n")
         stream.flush()
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-    def _show(self, text: str) -> None:
-        self.bar.set_postfix_str(text.removeprefix(" | "))
 
     def _read(self, logs: dict) -> None:
         if finite(logs.get("reward")):
@@ -132,15 +127,10 @@ class ProgressLine(TrainerCallback):
         if finite(logs.get("images_per_second")):
             self.speed = f"{logs['images_per_second']:.3g} images/s"
 
-    def _text(self) -> str:
-        parts = []
-        if self.reward is not None:
-            parts.append(f"reward {self.reward:.3f}")
-        if self.scores:
-            parts.append(self._score_text())
-        if self.speed:
-            parts.append(self.speed)
-        return " | ".join(parts)
+    def _text(self, remaining: str = "") -> str:
+        reward = f"reward {self.reward:.3f}" if self.reward is not None else ""
+        # A narrow terminal cuts the end off: the scores, of which there may be many.
+        return _joined(reward, self.speed, remaining, self._score_text())
 
     def _score_text(self) -> str:
         texts = []
@@ -158,7 +148,7 @@ class ProgressLine(TrainerCallback):
         seconds = max(0.0, training) / done * (state.max_steps - state.global_step)
         if self._last_evaluation is not None:
             seconds += self._last_evaluation[1] * self._evaluations_left(args, state)
-        return f" | {tqdm.format_interval(seconds)} left"
+        return f"{tqdm.format_interval(seconds)} left"
 
     def _evaluations_left(self, args, state) -> int:
         """Evaluations until the end, with the one after the last update."""
@@ -168,3 +158,7 @@ class ProgressLine(TrainerCallback):
         every = state.eval_steps if args.eval_strategy == "steps" else state.max_steps
         left = math.ceil(state.max_steps / every) - state.global_step // every
         return left + int(pending and state.global_step % every == 0)
+
+
+def _joined(*parts: str) -> str:
+    return " | ".join(part for part in parts if part)
