@@ -46,7 +46,7 @@ SETTINGS = {
 def no_report(monkeypatch):
     """The report has tests of its own."""
     for module in ("trainer.flow_grpo_trainer", "report.live"):
-        monkeypatch.setattr(f"trl_flow.{module}.write_report", lambda *args: None)
+        monkeypatch.setattr(f"trl_flow.{module}.write_report", lambda *args, **kwargs: None)
 
 
 def make_trainer(folder, reward=brightness, **settings):

@@ -133,7 +133,7 @@ def before_and_now(samples, count: int) -> Image.Image | None:
                 pictures.append(picture.convert("RGB"))
             score = row.scores[name][index] if name is not None else None
             said = [f"{name} {score:.3g}"] if finite(score) else []
-            captions.append("\n".join(said + ([row.prompts[index]] if row is shown[-1] else [])))
+            captions.append("\n".join(said + ([" ".join(row.prompts[index].split())] if row is shown[-1] else [])))
         labels.append("before training" if row.step == 0 else f"after update {row.step}")
     return image_grid(pictures, captions, columns=columns, row_labels=labels)
 

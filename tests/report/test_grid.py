@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from trl_flow.report import image_grid
+from trl_flow.report.grid import _font, _wrap
 
 
 def picture(color, size=(32, 32)):
@@ -55,6 +56,16 @@ class TestImageGrid:
         labelled = image_grid([picture("red")] * 2, columns=1, row_labels=["a", "many words " * 10])
         assert labelled.width == plain.width
         assert labelled.height > plain.height + 3 * 17
+
+    def test_long_paragraphs_are_cut(self):
+        font = _font(13)
+        for text in ("猫" * 20_000, "a cat " * 4000, "x" * 20_000, "cats " + "x" * 500):
+            lines = _wrap(f"{text}\nocr 0.5", font, 160)
+            assert len(lines) == 9 and lines[7].endswith("…") and lines[8] == "ocr 0.5"
+            assert all(font.getlength(line) <= 160 for line in lines)
+            assert text.startswith(lines[0])
+        whole = "a red cat on a mat, " * 5
+        assert " ".join(_wrap(whole, font, 160)) == whole.strip()
 
     def test_other_modes(self):
         grid = image_grid([Image.new("L", (200, 200), 255), Image.new("RGBA", (200, 200))], ["日本語 →", ""])

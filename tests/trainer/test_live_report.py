@@ -12,7 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The report of a run that is still going, as a trainer has it written."""
+"""What a trainer writes for people while it runs: the report, and the pictures of evaluations."""
+
+import json
+from pathlib import Path
 
 from pipelines import prompts
 
@@ -32,3 +35,26 @@ def test_the_report_is_there_after_the_first_evaluation_and_renewed(make_trainer
     run = trainer.args.output_dir
     # Before training, at both evaluations, and at the save that follows the second.
     assert written == [(run, 0, True), (run, 2, True), (run, 3, True), (run, 3, True)]
+
+
+def test_a_grid_that_cannot_be_drawn_does_not_cost_the_run(make_trainer, monkeypatch):
+    def samples_grid(samples):
+        raise OSError("no font")
+
+    monkeypatch.setattr("trl_flow.report.tracking.samples_grid", samples_grid)
+    trainer = make_trainer(eval_dataset=prompts(2))
+    trainer.evaluate()
+    folder = Path(trainer.args.output_dir, "samples")
+    assert sorted(path.name for path in folder.rglob("*.*")) == ["000.png", "001.png", "step_000000.json"]
+
+
+def test_pictures_keep_their_prompts_and_scores_where_some_are_on_another_machine(make_trainer, monkeypatch):
+    trainer = make_trainer(eval_dataset=prompts(3))
+    trainer.accelerator.wait_for_everyone = lambda: Path(
+        trainer.args.output_dir, "samples", "step_000000", "001.png"
+    ).unlink(missing_ok=True)
+    trainer.evaluate()
+    record = json.loads(Path(trainer.args.output_dir, "samples", "step_000000.json").read_text())
+    assert [path.name for path in trainer.evaluated_samples.paths] == ["000.png", "002.png"]
+    assert trainer.evaluated_samples.prompts == record["prompts"][::2]
+    assert trainer.evaluated_samples.scores == {name: scores[::2] for name, scores in record["scores"].items()}

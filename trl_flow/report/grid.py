@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +30,7 @@ MIN_PIXELS = 160
 MAX_PIXELS = 512
 FONT_SIZE = 13
 GAP = 10
+PARAGRAPH_LINES = 8  # of a caption; what a prompt has more is cut
 INK, PAPER, FADED = (28, 30, 33), (255, 255, 255), (105, 110, 118)
 
 
@@ -49,7 +51,8 @@ def image_grid(
         images (`Sequence[PIL.Image.Image | None]`):
             Pictures in reading order; `None` leaves a cell empty. They may differ in size.
         captions (`Sequence[str]`, *optional*):
-            One text per picture, wrapped to the picture's width; a newline starts a new line.
+            One text per picture, wrapped to the picture's width; a newline starts a new paragraph. Paragraphs are cut after
+            8 lines.
         columns (`int`, *optional*):
             Pictures per row. Defaults to a grid a little wider than tall.
         scale (`float`, *optional*):
@@ -136,25 +139,29 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    if not text:
-        return []
-    lines = []
-    for paragraph in text.split("\n"):
-        line = ""
-        for word in paragraph.split():
+    return [line for paragraph in text.split("\n") for line in _wrap_paragraph(paragraph, font, width)] if text else []
+
+
+def _wrap_paragraph(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    lines = [""]
+    words = text.split()[::-1]
+    while words:
+        if len(lines) > PARAGRAPH_LINES:
+            while len(lines[-2]) > 1 and font.getlength(f"{lines[-2]} …") > width:
+                lines[-2] = lines[-2][:-1]
+            return [*lines[:-2], f"{lines[-2].rstrip()} …"]
+        word = words.pop()
+        candidate = f"{lines[-1]} {word}".strip()
+        if font.getlength(candidate) <= width:
+            lines[-1] = candidate
+        elif lines[-1]:
+            words.append(word)
+            lines.append("")
+        else:
             # A word that is wider than the picture (a URL, a script without spaces) is cut.
-            while font.getlength(word) > width and len(word) > 1:
-                head = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
-                if line:
-                    lines.append(line)
-                    line = ""
-                lines.append(word[:head])
-                word = word[head:]
-            candidate = f"{line} {word}".strip()
-            if line and font.getlength(candidate) > width:
-                lines.append(line)
-                line = word
-            else:
-                line = candidate
-        lines.append(line)
+            head = max(1, bisect_right(range(1, len(word) + 1), width, key=lambda n: font.getlength(word[:n])))
+            lines[-1] = word[:head]
+            if head < len(word):
+                words.append(word[head:])
+                lines.append("")
     return lines

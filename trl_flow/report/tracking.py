@@ -17,8 +17,8 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -36,7 +36,6 @@ logger = logging.get_logger(__name__)
 
 # Of a picture in the grid, whose own file is beside it.
 CELL_PIXELS = 256
-CAPTION_CHARACTERS = 160
 
 
 class TrackerPictures(TrainerCallback):
@@ -68,18 +67,16 @@ class TrackerPictures(TrainerCallback):
         samples = self.trainer.evaluated_samples
         if samples is None or not state.is_world_process_zero:
             return
-        with Image.open(samples.paths[0].parent.with_suffix(".png")) as picture:
-            grid = picture.convert("RGB")
         if tensorboard := self._tracker(TensorBoardCallback):
-            self._attempt("TensorBoard", lambda: self._show_in_tensorboard(tensorboard, grid, state.global_step))
+            self._attempt("TensorBoard", lambda: self._show_in_tensorboard(tensorboard, samples, state.global_step))
         if self._tracker(WandbCallback):
             import wandb
 
-            self._attempt("Weights & Biases", lambda: wandb.log(_entries(wandb, grid, samples)))
+            self._attempt("Weights & Biases", lambda: wandb.log(_entries(wandb, samples)))
         if self._tracker(TrackioCallback):
             import trackio
 
-            self._attempt("trackio", lambda: trackio.log(_entries(trackio, grid, samples)))
+            self._attempt("trackio", lambda: trackio.log(_entries(trackio, samples)))
 
     def _tracker(self, kind: type[TrainerCallback]) -> TrainerCallback | None:
         return next(
@@ -98,8 +95,8 @@ class TrackerPictures(TrainerCallback):
                 )
 
     @staticmethod
-    def _show_in_tensorboard(callback: TensorBoardCallback, grid: Image.Image, step: int):
-        callback.tb_writer.add_image("eval/pictures", np.asarray(grid), step, dataformats="HWC")
+    def _show_in_tensorboard(callback: TensorBoardCallback, samples: Samples, step: int):
+        callback.tb_writer.add_image("eval/pictures", np.asarray(_grid(samples)), step, dataformats="HWC")
         callback.tb_writer.flush()
 
 
@@ -109,7 +106,7 @@ def samples_grid(samples: Samples) -> Image.Image:
     for number, path in enumerate(samples.paths):
         with Image.open(path) as picture:
             pictures.append(picture.convert("RGB"))
-        caption = [textwrap.shorten(samples.prompts[number], CAPTION_CHARACTERS, placeholder=" …")]
+        caption = [" ".join(samples.prompts[number].split())]
         for name, scores in samples.scores.items():
             caption.append(f"{name} {format_number(scores[number]) if finite(scores[number]) else MISSING}")
         captions.append("\n".join(caption))
@@ -124,7 +121,26 @@ def samples_grid(samples: Samples) -> Image.Image:
     )
 
 
-def _entries(tracker, grid: Image.Image, samples: Samples) -> dict:
+def save_grid(samples: Samples):
+    """Writes the grid of an evaluation's pictures beside their folder. One that cannot be drawn costs a warning, and not the run."""
+    try:
+        samples_grid(samples).save(_grid_file(samples))
+    except Exception as error:
+        logger.warning_once(
+            f"The pictures of an evaluation could not be drawn as a grid ({type(error).__name__}: {error})."
+        )
+
+
+def _grid_file(samples: Samples) -> Path:
+    return samples.paths[0].parent.with_suffix(".png")
+
+
+def _grid(samples: Samples) -> Image.Image:
+    with Image.open(_grid_file(samples)) as picture:
+        return picture.convert("RGB")
+
+
+def _entries(tracker, samples: Samples) -> dict:
     """What trackio and Weights & Biases, which share these names, are to log."""
     columns = ["step", "prompt", "picture", *samples.scores]
     rows = [
@@ -132,7 +148,7 @@ def _entries(tracker, grid: Image.Image, samples: Samples) -> dict:
         for prompt, path, *scores in zip(samples.prompts, samples.paths, *samples.scores.values(), strict=True)
     ]
     entries = {
-        "eval/pictures": tracker.Image(grid, caption=f"update {samples.step}"),
+        "eval/pictures": tracker.Image(_grid(samples), caption=f"update {samples.step}"),
         "eval/scores": tracker.Table(columns=columns, data=rows),
         "train/global_step": samples.step,
     }

@@ -27,7 +27,7 @@ from PIL import Image
 
 from ..credit import combine_rewards
 from ..report.history import Samples
-from ..report.tracking import samples_grid
+from ..report.tracking import save_grid
 from ..rollout import Plan, execute, seeded_noise
 from .rollouts import means_by_tag
 
@@ -187,14 +187,16 @@ class EvaluationMixin:
             folder.with_suffix(".json").write_text(json.dumps(record, default=str))
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero() and (paths := sorted(folder.glob("*.png"), key=lambda path: int(path.stem))):
+            # On several machines this one may hold the files of some processes alone.
+            numbers = [int(path.stem) for path in paths]
             self.evaluated_samples = Samples(
                 self.state.global_step,
-                record["prompts"][: len(paths)],
-                {name: scores[: len(paths)] for name, scores in record["scores"].items()},
+                [record["prompts"][number] for number in numbers],
+                {name: [scores[number] for number in numbers] for name, scores in record["scores"].items()},
                 paths,
                 record["scores"],
             )
-            samples_grid(self.evaluated_samples).save(folder.with_suffix(".png"))
+            save_grid(self.evaluated_samples)
 
 
 def strip(frames: list[Image.Image], count: int = 4) -> Image.Image:
