@@ -60,6 +60,12 @@ class TestPrintSamples:
         assert everything.count("0.123") == everything.count("-1.23e+04") == count, "no number is cut"
         assert "a [red]cup[/red]" in everything
 
+    def test_a_stream_that_knows_few_letters(self):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True)
+        print_samples(["ein Würfel – 猫"], {"ocr": [None]}, [0.5], step=7, stream=stream, width=60)
+        text = stream.buffer.getvalue().decode("latin-1")
+        assert "ein Würfel ? ?" in text and "0.500" in text
+
     def test_words_without_spaces(self):
         text = lines(prompts=["x" * 500, "漢字" * 100])
         assert len(text) == 11 and all("│" == line[-1] for line in text[4:-1])

@@ -93,8 +93,12 @@ def print_samples(
     for number, prompt in enumerate(prompts):
         values = [values[number] for values in (columns | advantage).values()]
         table.add_row(_shortened(console, prompt, left), *map(Text, values))
-    with tqdm.external_write_mode(file=console.file):
+    with console.capture() as captured:
         console.print(table)
+    # A stream of another encoding than UTF-8 must not end the run.
+    encoding = getattr(console.file, "encoding", None) or "utf-8"
+    with tqdm.external_write_mode(file=console.file):
+        console.file.write(captured.get().encode(encoding, "replace").decode(encoding))
 
 
 def contrasting(totals: Sequence[Sequence[float]], count: int) -> list[tuple[int, int]]:
