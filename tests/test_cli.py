@@ -140,10 +140,31 @@ class TestParser:
             ({"kind": "flwo"}, "kind: 'flwo' is not one of flow, cps"),
             ({"num_generations": None}, "num_generations: nothing is given, expected a value"),
             ({"num_generatoins": 2}, "--num_generatoins in the configuration file. Did you mean --num_generations?"),
+            ({"learning_rate": [0.1]}, "learning_rate: [0.1] is not a valid float"),
+            ({"kind": ["cps"]}, "kind: ['cps'] is not a valid"),
+            ({"limit": {"a": 1}}, "limit: {'a': 1} is not a valid int"),
+            ({"options": ["a"]}, "options: ['a'] is not a valid str"),
+            ({"help": True}, "unknown argument --help in the configuration file"),
         ],
     )
-    def test_bad_file_value(self, tmp_path, capsys, config, message):
-        assert message in usage_error(capsys, lambda: parse(tmp_path, [], config))
+    @pytest.mark.parametrize("launches", [False, True])
+    def test_bad_file_value(self, tmp_path, capsys, config, message, launches):
+        assert message in usage_error(capsys, lambda: parse(tmp_path, [], config, launches))
+
+    @pytest.mark.parametrize(
+        "text, message",
+        [
+            (b"learning_rate: [", "config.yaml: not valid YAML: while parsing"),
+            (b"\xff\xfe\x00", "config.yaml: not valid YAML: "),
+            (b"", "config.yaml: expected settings by their names"),
+            (b"- seed", "config.yaml: expected settings by their names"),
+            (b"1: 2", "config.yaml: expected settings by their names"),
+            (b"env:", "config.yaml: env: expected variables by their names"),
+        ],
+    )
+    def test_bad_file(self, tmp_path, capsys, text, message):
+        (tmp_path / "config.yaml").write_bytes(text)
+        assert message in usage_error(capsys, lambda: parse(tmp_path, ["--config", str(tmp_path / "config.yaml")]))
 
     @pytest.mark.parametrize(
         "args, message",

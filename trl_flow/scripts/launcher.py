@@ -29,7 +29,8 @@ SECONDS_TO_SAVE = 3600
 
 def launch_options() -> list[str]:
     """The option names that `accelerate launch` knows, and `--accelerate_config`."""
-    options = [name for action in _launch_parser()._actions for name in action.option_strings]
+    actions = [action for action in _launch_parser()._actions if action.dest != "help"]
+    options = [name for action in actions for name in action.option_strings]
     return ["--accelerate_config", *(name for name in options if name.startswith("--") and "-" not in name[2:])]
 
 

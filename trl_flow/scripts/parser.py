@@ -152,10 +152,23 @@ class FlowParser(TrlParser):
                 self.error(f"--config {args[position]}: no such file")
             if "--config" in args[position:]:
                 self.error("--config is given twice")
+            self._check_file(args[position])
         if not {"-h", "--help", "--help_all"} & set(args):
             self._check_variables()
         self._variables = self._find_variables()
         return super().parse_args_and_config(args, **kwargs)
+
+    def _check_file(self, path: str) -> None:
+        """Refuse what is no YAML file of settings by their names."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                config = yaml.safe_load(file)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            self.error(f"--config {path}: not valid YAML: {' '.join(str(error).split())}")
+        if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
+            self.error(f"--config {path}: expected settings by their names, such as `seed: 1`")
+        if not isinstance(config.get("env", {}), dict):
+            self.error(f"--config {path}: env: expected variables by their names, such as `HF_HOME: /data`")
 
     def parse_args_into_dataclasses(self, *args, **kwargs) -> tuple[DataClass, ...]:
         # What the file said has become the defaults. Its `env:` is for other variables than ours, which would come before
@@ -229,9 +242,9 @@ class FlowParser(TrlParser):
         known = {
             name: self._checked(actions[name], value, f"configuration file: {name}")
             for name, value in kwargs.items()
-            if name in actions
+            if name in self.settings
         }
-        others = {name: value for name, value in kwargs.items() if name not in actions}
+        others = {name: value for name, value in kwargs.items() if name not in self.settings}
         super().set_defaults_with_config(**known)
         if not self.launches or not others:
             self._refuse([f"--{name}" for name in others], "in the configuration file")
@@ -263,9 +276,11 @@ class FlowParser(TrlParser):
             # As on the command line, settings of a reward are JSON.
             values = [json.dumps(item) if isinstance(item, dict) else item for item in values]
             return [self._converted(action, item, where) for item in values]
-        if isinstance(value, dict):
+        if isinstance(value, (dict, list)):
+            if type(value) not in self._kinds(action.dest):
+                self.error(f"{where}: {value!r} is not a valid {_type_name(action)}")
             return value
-        return value if isinstance(value, list) else self._converted(action, value, where)
+        return self._converted(action, value, where)
 
     def _converted(self, action: argparse.Action, value: Any, where: str) -> Any:
         try:
