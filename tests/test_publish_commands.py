@@ -184,7 +184,9 @@ class TestPush:
         assert (run / "checkpoint-1" / "rollout_state_0.pt").is_file() and (run / "training_args.bin").is_file()
         assert not [name for name in files if name.endswith((".pt", ".pth", ".bin")) or "checkpoint" in name]
         for name, content in files.items():
-            assert name in (".gitattributes", "README.md", "card.json") or (run / name).read_bytes() == content
+            told_apart = name in (".gitattributes", "README.md", "card.json", "config.yaml")
+            assert told_apart or (run / name).read_bytes() == content
+            assert str(run.parent).encode() not in content
         card = files["README.md"].decode()
         assert 'load_lora_weights("user/repo")' in card and "path/to/" not in card and "\n# repo\n" in card
         assert 'load_lora_weights("path/to/first")' in (run / "README.md").read_text()

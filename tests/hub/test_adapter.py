@@ -161,6 +161,11 @@ class TestSaveAdapter:
             assert all(key.startswith("transformer.") for key in file.keys())  # noqa: SIM118
         assert (metadata["transformer.r"], metadata["transformer.lora_alpha"]) == (R, ALPHA)
 
+    def test_the_file_that_is_passed_on_holds_no_path(self, tmp_path):
+        model = train(sd3_pipeline().transformer)
+        _, _, file = save_adapter(model, StableDiffusion3Pipeline, "transformer", tmp_path, str(tmp_path / "base"))
+        assert str(tmp_path).encode() not in file.read_bytes()
+
     def test_same_bytes_every_time(self, tmp_path):
         contents = []
         for name in ("a", "b"):

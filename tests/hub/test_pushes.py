@@ -21,6 +21,8 @@ import pytest
 from huggingface_hub import ModelCard
 from loopback_hub import CUT, LoopbackHub
 
+from trl_flow.hub.uploading import public_files
+
 
 # Runs of a tiny pipeline, one after the other in one process. `run(name, **settings)` gives a trainer.
 PRELUDE = """
@@ -76,6 +78,7 @@ from transformers import TrainerCallback
 Path("end/_push-1").mkdir(parents=True)  # of a process that was killed
 trainer = run("end", hub_strategy="end", ema_decay=0.5, hub_private_repo=True)
 Path("end/notes.pt").write_bytes(b"a pickle")
+Path("end/events.out.tfevents.1").write_bytes(b"TensorBoard's, with all paths")
 trainer.train()
 found["commits of training"] = len(HfApi().list_repo_commits("user/end")) - 1
 found["end"] = trainer.push_to_hub(dataset_name="user/prompts").oid
@@ -116,7 +119,8 @@ def slow_push(*args, **kwargs):
     over.wait()
     return push_files(*args, **kwargs)
 saving.push_files = slow_push
-run("slow", [End()], hub_strategy="all_checkpoints", max_steps=3).train()
+best = dict(load_best_model_at_end=True, metric_for_best_model="eval_reward", output_dir=str(Path("slow").resolve()))
+run("slow", [End()], hub_strategy="all_checkpoints", max_steps=3, **best).train()
 saving.push_files = push_files
 found["left"] = [path.name for name in ("end", "every", "checkpoint", "slow") for path in Path(name).glob("_*")]
 found["first weights"] = Path("slow/checkpoint-1/adapter_model.safetensors").read_bytes().hex()
@@ -203,6 +207,30 @@ def pushed(tmp_path_factory, request):
         yield hub, json.loads(result.stdout.splitlines()[-1]), folder, left
 
 
+def test_public_files(tmp_path):
+    texts = {
+        "config.yaml": "# trl-flow: `trl-flow g2rpo --config /home/me/out/config.yaml` repeats this run.\n"
+        "dataset_name: /data/prompts.txt\n"
+        'reward_funcs:\n- \'{"/home/me/reward": {"scale": 2}}\'\n- user/repo\n',
+        "samples/step_000001.json": '{"prompts": ["/imagine a cat"]}',
+        "run.json": '{"method":"G2RPO"}',
+        "mine.json": "{",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    files = {name: tmp_path / name for name in texts}
+    (tmp_path / "public").mkdir()
+    public = public_files(files, tmp_path / "public")
+    assert {name for name in files if public[name] != files[name]} == {"config.yaml"}
+    assert public["config.yaml"].read_text() == (
+        "# trl-flow: `trl-flow g2rpo --config config.yaml` repeats this run.\n"
+        "dataset_name: prompts.txt\n"
+        'reward_funcs:\n- \'{"reward": {"scale": 2}}\'\n- user/repo\n'
+    )
+    assert files["config.yaml"].read_text() == texts["config.yaml"]
+
+
 def below(files, folder):
     return {name.removeprefix(f"{folder}/") for name in files if name.startswith(f"{folder}/")}
 
@@ -237,11 +265,19 @@ class TestStrategies:
         _, found, *_ = pushed
         assert found["left"] == [] and found["logged"] == []
 
-    def test_no_file_holds_a_token(self, pushed):
-        hub, *_ = pushed
+    def test_no_file_holds_a_token_or_a_path(self, pushed):
+        hub, _, folder, _ = pushed
+        private = b"hf_secret", str(folder).encode(), b"TensorBoard's"
+        state = json.loads((folder / "slow" / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"].startswith(str(folder))
+        assert f"output_dir: {folder}/slow\n" in (folder / "slow" / "config.yaml").read_text()
         for repository in hub.repositories.values():
             for commit in repository.commits:
-                assert not [path for path, content in commit.files.items() if b"hf_secret" in content]
+                assert not [path for path, content in commit.files.items() if any(word in content for word in private)]
+        files = hub.files("model", "user/slow")
+        assert b"output_dir: slow\n" in files["config.yaml"]
+        state = json.loads(files["checkpoint-3/trainer_state.json"])
+        assert state["best_model_checkpoint"].startswith("checkpoint-")
 
     def test_end(self, pushed):
         hub, found, *_ = pushed

@@ -29,6 +29,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors.torch import save_file
 from transformers.utils import logging
 
+from ..report.history import without_paths
+
 
 logger = logging.get_logger(__name__)
 
@@ -152,6 +154,7 @@ def save_adapter(
         return written
 
     metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    metadata = without_paths(metadata)  # files like this one are passed on
     pipeline_class.save_lora_weights(
         str(output_dir),
         **{

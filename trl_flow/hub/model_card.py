@@ -39,7 +39,7 @@ from PIL import Image
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..report.history import Samples, load_samples, paired_change, public_settings
+from ..report.history import Samples, load_samples, paired_change, public_settings, without_paths
 from ..report.text import format_change, format_duration, format_number
 from .adapter import DIFFUSERS_WEIGHTS_NAME, HUB_ID
 
@@ -633,16 +633,14 @@ def _literals(arguments: Mapping) -> dict[str, str]:
 
 
 def _public(value):
-    """As JSON and for everybody to read: where things are on this machine is nobody's business."""
+    """As JSON and for everybody to read."""
     if isinstance(value, Mapping):
         return {str(key): _public(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_public(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, str) and os.path.isabs(value):
-        return Path(value).name
-    return value
+    return without_paths(value)
 
 
 def _write(path: Path, text: str):

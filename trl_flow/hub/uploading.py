@@ -14,17 +14,23 @@
 
 """Files of a run in a Hub repository, in one commit: after an error it holds all of them, or what it held before."""
 
+import json
 import logging
 import os
+import re
 import shlex
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import httpx2
+import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
+
+from ..report.history import without_paths
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +50,8 @@ class PushError(OSError):
 
 def run_files(output_dir: str | Path) -> dict[str, Path]:
     """
-    What a run's repository holds of its directory: all but checkpoints, pickles, and hidden and unfinished files.
+    What a run's repository holds of its directory: all but checkpoints, pickles, TensorBoard's logs, in which are this
+    machine's name and paths, and hidden and unfinished files.
 
     Args:
         output_dir (`str` or `Path`):
@@ -58,6 +65,7 @@ def run_files(output_dir: str | Path) -> dict[str, Path]:
         for name, path in files_below(output_dir).items()
         if not name.startswith("checkpoint-")
         and (path.suffix not in PICKLES or path.name == TRAINING_ARGUMENTS)
+        and not path.name.startswith("events.out.tfevents")
         and not any(part.startswith((".", "_")) for part in Path(name).parts)
     }
 
@@ -95,6 +103,42 @@ def stage(files: Mapping[str, Path], folder: str | Path, lasting: Callable[[str]
     return staged
 
 
+def public_files(files: Mapping[str, Path], folder: str | Path) -> dict[str, Path]:
+    """
+    Files for everybody to read: of settings and states in which absolute paths are, copies with the names alone.
+
+    Args:
+        files (`Mapping[str, Path]`):
+            Files by their path in the repository.
+        folder (`str` or `Path`):
+            Where the copies go.
+
+    Returns:
+        `dict[str, Path]`: the files, with the copies in place of what they were made of.
+    """
+    public = dict(files)
+    for number, (name, path) in enumerate(files.items()):
+        # What is below `samples/` are prompts, which may well begin with a slash.
+        if path.suffix not in (".json", ".yaml") or name.startswith("samples/"):
+            continue
+        try:
+            text = path.read_text("utf-8")
+            value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError):  # a file that is not of the run
+            continue
+        shown = without_paths(value)
+        if shown == value:
+            continue
+        public[name] = Path(folder) / str(number)
+        if path.suffix == ".json":
+            text = json.dumps(shown, indent=2) + "\n"
+        else:
+            comments = re.sub(r"(?<!\S)/\S*/", "", re.match(r"(#.*\n)*", text)[0])
+            text = comments + yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110)
+        public[name].write_text(text, "utf-8")
+    return public
+
+
 def push_files(
     files: Mapping[str, Path],
     repo_id: str,
@@ -104,7 +148,7 @@ def push_files(
     replaced: str | None = None,
 ) -> CommitInfo:
     """
-    Commit files to a model repository, in one commit.
+    Commit files to a model repository, in one commit, without the paths of this machine ([`public_files`]).
 
     Not `HfApi.upload_folder`, which splits a large folder into several commits: whoever loads the repository between
     two of them finds new weights beside an old configuration.
@@ -141,8 +185,10 @@ def push_files(
             operations += [CommitOperationDelete(path_in_repo=name) for name in old]
         return api.create_commit(repo_id, operations, commit_message=commit_message, token=token, revision=revision)
 
-    # Repeating a commit is safe: files that have arrived are no change, and without a change there is no commit.
-    return retried(commit, f"pushing to {repo_id}")
+    with tempfile.TemporaryDirectory() as folder:
+        files = public_files(files, folder)
+        # Repeating a commit is safe: files that have arrived are no change, and without a change there is no commit.
+        return retried(commit, f"pushing to {repo_id}")
 
 
 def retried(call: Callable, purpose: str):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -231,15 +232,33 @@ def finite(value) -> bool:
 
 
 def public_settings(config: Mapping) -> dict:
-    """Settings that may be shown to others, as plain YAML types: without tokens, keys, directories and unset values."""
+    """Settings that may be shown to others, as plain YAML types: without tokens, keys, places and unset values."""
     # A round trip through JSON turns enums, tuples and paths into plain types.
-    plain = json.loads(json.dumps(dict(config), default=str))
+    plain = without_paths(json.loads(json.dumps(dict(config), default=str)))
     private = ("_token", "_key", "_password", "_dir")
     return {
         name: value
         for name, value in plain.items()
         if value not in (None, "", [], {}) and name != "token" and not name.endswith(private)
     }
+
+
+def without_paths(value):
+    """A value of JSON or YAML for others to read: where things are on this machine is left out, of paths all but the name."""
+    if isinstance(value, Mapping):
+        return {without_paths(key): without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(without_paths, value))
+    if not isinstance(value, str):
+        return value
+    if value.startswith("{"):  # a reward with settings
+        try:
+            plain = json.loads(value)
+        except json.JSONDecodeError:
+            return value
+        public = without_paths(plain)
+        return value if public == plain else json.dumps(public)
+    return Path(value).name if os.path.isabs(value) else value
 
 
 def paired_change(samples: Sequence[Samples], name: str) -> tuple[float, float, int] | None:

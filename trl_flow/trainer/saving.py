@@ -47,6 +47,7 @@ from ..hub.uploading import (
 )
 from ..prompts import PROMPT_SETS, prompts_name
 from ..report import write_report
+from ..report.history import without_paths
 from .run_config import python_call, python_config, write_config
 
 
@@ -201,11 +202,10 @@ class SavingMixin:
                 path.replace(output_dir / name)
 
     def _public_args(self):
-        """The settings without tokens: they are pushed."""
+        """The settings without tokens and paths: they are pushed."""
         args = copy.copy(self.args)
-        for name in vars(args):
-            if name.endswith("_token"):
-                setattr(args, name, None)
+        for name, value in vars(self.args).items():
+            setattr(args, name, None if name.endswith("_token") else without_paths(value))
         return args
 
     def _save_checkpoint(self, model, trial):
