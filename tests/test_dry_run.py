@@ -128,7 +128,11 @@ def make_trainer(command, directory, scored=None, num_eval_prompts=0, **settings
         ("g2rpo", {"granularities": [1, 2], "update_per_step": True, "max_steps": 2}),
         ("mix-grpo", {"sde_window_size": 1, "sde_window_range": [0, 3], "max_steps": 2, "sde_window_interval": 1}),
         ("temp-flow-grpo", {"num_seeds": 2}),
-        ("diffusion-nft", {"timestep_fraction": 0.5}),
+        # The policy that samples lags behind from the second rollout on.
+        ("diffusion-nft", {"timestep_fraction": 0.5, "steps_per_generation": 4, "max_steps": 4}),
+        ("b2-diffu-rl", {"num_generations": 4, "sde_window_interval": 2, "max_steps": 4}),
+        ("mix-grpo", {"flash_ratio": 0.4, "num_inference_steps": 8, "sde_window_size": 2, "sde_window_interval": 1}),
+        ("turning-point-grpo", {"steps_per_generation": 4, "num_iterations": 2, "max_steps": 4, "beta": 0.04}),
     ],
 )
 def test_counts_are_those_of_a_run(command, settings, tmp_path):
@@ -150,7 +154,8 @@ def test_counts_by_hand(tmp_path):
     """With T = 4, G = 3, and two groups in a rollout."""
     flow = group_work(trainer := make_trainer("flow-grpo", tmp_path, beta=0.04), trainer.rollout_steps())
     assert flow == Work(evaluations=12, pictures=3, scores=3, rows=9, references=9)
-    assert rollout_work(trainer, trainer.rollout_steps()) == run_work(trainer) == flow.times(2)
+    (alike,) = rollouts(trainer)
+    assert rollout_work(trainer, alike) == run_work(trainer) == flow.times(2)
     # Tails from all latents but the last two, which are those of the chain: T (T + 1) / 2 evaluations for each member.
     dense = group_work(trainer := make_trainer("dense-grpo", tmp_path), trainer.rollout_steps())
     assert (dense.evaluations, dense.pictures, dense.rows) == (3 * 10, 3 * 4, 9)
@@ -183,7 +188,7 @@ def test_estimate_counts_what_a_run_does(command, settings, tmp_path, monkeypatc
             costs[cost] = estimate(trainer, rollouts(trainer), num_updates(trainer))
         work, updates = run_work(trainer), num_updates(trainer)
     by_row, by_call = costs.values()
-    rollout_count, prompts_each = sum(count for _, count in rollouts(trainer)), trainer.args.steps_per_generation
+    rollout_count, prompts_each = sum(alike.count for alike in rollouts(trainer)), trainer.args.steps_per_generation
     assert by_row.untimed == []
     # Six prompts to train on are all met; an evaluation has 3 steps, a decoder and a reward, and 3 prompts of its own.
     assert by_row.seconds["rollouts"] == work.evaluations + work.pictures + min(6, rollout_count * prompts_each)

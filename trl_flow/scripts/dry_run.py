@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -124,13 +124,11 @@ def group_work(trainer, sde_steps: list[int]) -> Work:
     )
 
 
-def rollout_work(trainer, sde_steps: list[int]) -> Work:
-    """What one rollout takes, and the updates that it feeds."""
+def rollout_work(trainer, alike: "Rollouts") -> Work:
+    """What one of these rollouts takes, and the updates that it feeds."""
     args = trainer.args
-    work = group_work(trainer, sde_steps).times(groups_per_rollout(trainer))
-    micro_steps = args.steps_per_generation * trainer.updates_per_pass
-    replayed = sum(not trainer.on_policy(number) for number in range(micro_steps))
-    return replace(work, replays=work.rows // args.num_iterations * replayed // micro_steps)
+    work = group_work(trainer, alike.steps).times(groups_per_rollout(trainer))
+    return replace(work, replays=work.rows // args.num_iterations * alike.replayed // trainer._micro_steps)
 
 
 def groups_per_rollout(trainer) -> int:
@@ -141,9 +139,7 @@ def groups_per_rollout(trainer) -> int:
 
 def updates_per_rollout(trainer) -> int:
     args = trainer.args
-    return (
-        args.num_iterations * args.steps_per_generation * trainer.updates_per_pass // args.gradient_accumulation_steps
-    )
+    return args.num_iterations * trainer._micro_steps // args.gradient_accumulation_steps
 
 
 def num_updates(trainer) -> int:
@@ -151,23 +147,39 @@ def num_updates(trainer) -> int:
     return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 
-def rollouts(trainer) -> list[tuple[list[int], int]]:
-    """Stochastic steps, and how many rollouts of the run have them; a last, partial rollout counts as a whole one."""
-    count = -(-num_updates(trainer) // updates_per_rollout(trainer))
-    micro_steps = updates_per_rollout(trainer) * trainer.args.gradient_accumulation_steps
-    begun, found = trainer._step, Counter()
-    for rollout in range(count):
-        trainer._step = rollout * micro_steps
-        found[tuple(trainer.rollout_steps())] += 1
-    trainer._step = begun
-    return [(list(steps), times) for steps, times in found.items()]
+class Rollouts(NamedTuple):
+    """
+    Rollouts of a run that are alike.
+
+    Args:
+        steps (`list[int]`): Their stochastic steps.
+        replayed (`int`): Micro-batches of one that the sampling policy sees again, as they are trained by another.
+        count (`int`): How many there are.
+    """
+
+    steps: list[int]
+    replayed: int
+    count: int
+
+
+def rollouts(trainer) -> list[Rollouts]:
+    """The rollouts of a run, in the order in which they are first met; a last, partial one counts as a whole one."""
+    updates = updates_per_rollout(trainer)
+    begun, found = (trainer._step, trainer.state.global_step), Counter()
+    for number in range(-(-num_updates(trainer) // updates)):
+        trainer.state.global_step = number * updates
+        trainer._step = number * updates * trainer.args.gradient_accumulation_steps
+        replayed = sum(not trainer.on_policy(micro_batch) for micro_batch in range(trainer._micro_steps))
+        found[tuple(trainer.rollout_steps()), replayed] += 1
+    trainer._step, trainer.state.global_step = begun
+    return [Rollouts(list(steps), replayed, count) for (steps, replayed), count in found.items()]
 
 
 def run_work(trainer) -> Work:
     """What all rollouts of a run take, as their stochastic steps move."""
     total = Work()
-    for steps, times in rollouts(trainer):
-        total = total.plus(rollout_work(trainer, steps).times(times))
+    for alike in rollouts(trainer):
+        total = total.plus(rollout_work(trainer, alike).times(alike.count))
     return total
 
 
@@ -184,10 +196,10 @@ def print_plan(picture: PlanPicture, console: Console) -> None:
 
 def print_run(trainer, script_args: TrainingScriptArguments, output_dir: str, console: Console) -> None:
     """What a run is made of, the tree of its first rollout, and what it takes."""
-    updates = num_updates(trainer)
-    steps = trainer.rollout_steps()
-    group, rollout, run = group_work(trainer, steps), rollout_work(trainer, steps), run_work(trainer)
-    moves = run != rollout.times(-(-updates // updates_per_rollout(trainer)))
+    updates, alike = num_updates(trainer), rollouts(trainer)
+    group, rollout = group_work(trainer, alike[0].steps), rollout_work(trainer, alike[0])
+    run = run_work(trainer)
+    moves = any(other.steps != alike[0].steps for other in alike)
 
     console.print(f"{trainer._name}, a dry run: nothing is trained, and no file is left.\n")
     print_table(run_facts(trainer, script_args, output_dir), console)
@@ -205,7 +217,7 @@ def print_run(trainer, script_args: TrainingScriptArguments, output_dir: str, co
         "scores": "Scores of rewards",
         "rows": "Training rows, at most",
         "references": "and of the reference",
-        "replays": "Rows of the sampling policy",
+        "replays": "and of the sampling policy",
     }
     columns = [group.times(trainer.groups_per_prompt), rollout, run]
     for name, label in labels.items():

@@ -95,13 +95,13 @@ def measure(call: Callable[[int], object], rows: int, device: torch.device) -> C
     return Cost(max(0.0, one - per_row), per_row) if per_row < one else Cost(0.0, many / rows)
 
 
-def estimate(trainer, rollouts: list[tuple[list[int], int]], updates: int) -> Estimate:
+def estimate(trainer, rollouts: list, updates: int) -> Estimate:
     """
     Times the parts of a run and adds them up. Nothing is trained, and the trainer is not fit for training afterwards.
 
     Args:
         trainer ([`FlowGRPOTrainer`]): The trainer.
-        rollouts (`list[tuple[list[int], int]]`): Stochastic steps, and how many rollouts have them.
+        rollouts (`list[Rollouts]`): Its rollouts.
         updates (`int`): Updates of the run.
     """
     args, policy, device = trainer.args, trainer.policy, trainer.accelerator.device
@@ -111,7 +111,7 @@ def estimate(trainer, rollouts: list[tuple[list[int], int]], updates: int) -> Es
     rows = [
         trainer.train_dataset[number // size % len(trainer.train_dataset)] for number in range(args.rollout_batch_size)
     ]
-    plans = [(trainer.rollout_plan(steps), count) for steps, count in rollouts]
+    plans = [(trainer.rollout_plan(steps), replayed, count) for steps, replayed, count in rollouts]
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
     trainer.model.train()
     if args.activation_checkpointing:
@@ -128,7 +128,7 @@ def estimate(trainer, rollouts: list[tuple[list[int], int]], updates: int) -> Es
             trainer.model(latents(n), sigma, conditions[:n])
 
     sigma = trainer.sigmas[len(trainer.sigmas) // 2].item()
-    largest = max(min(args.rollout_batch_size, prompts * plan.width) for plan, _ in plans)
+    largest = max(min(args.rollout_batch_size, prompts * plan.width) for plan, *_ in plans)
     with torch.random.fork_rng():
         encode = measure(lambda n: policy.encode_anew(rows[0]["prompt"], _picture(trainer, rows[0])), 1, device)
         forward = measure(velocity, largest, device)
@@ -142,7 +142,7 @@ def estimate(trainer, rollouts: list[tuple[list[int], int]], updates: int) -> Es
                 forward_evaluation = measure(velocity, args.rollout_batch_size, device)
 
     seconds = dict.fromkeys(("rollouts", "rewards", "training", "evaluations"), 0.0)
-    for plan, count in plans:
+    for plan, replayed, count in plans:
         size = max(1, args.rollout_batch_size // plan.width)
         sweeps = [min(size, prompts - start) for start in range(0, prompts, size)]
         indices = [plan.nodes[number].index for number in plan.evaluated]
@@ -162,12 +162,10 @@ def estimate(trainer, rollouts: list[tuple[list[int], int]], updates: int) -> Es
         seconds["training"] += args.num_iterations * sum(
             train.of(n, args.transition_batch_size, times) for n, times in batches
         )
-        share = sum(not trainer.on_policy(n) for n in range(micro_batches * trainer.updates_per_pass)) / (
-            micro_batches * trainer.updates_per_pass
-        )
+        share = replayed / trainer._micro_steps
         seconds["training"] += share * sum(forward.of(n, args.transition_batch_size, times) for n, times in batches)
     seconds["training"] += updates * update
-    count = sum(count for _, count in rollouts) * (prompts // trainer.groups_per_prompt)
+    count = sum(alike.count for alike in rollouts) * (prompts // trainer.groups_per_prompt)
     tests = 0 if trainer.eval_dataset is None else math.ceil(len(trainer.eval_dataset) / args.world_size)
     evaluations = num_evaluations(trainer, updates)
     # What is encoded is kept until there are too many other prompts.

@@ -39,7 +39,6 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
     _config_class = DiffusionNFTConfig
     _trains_without_advantage = True
     _old: list[torch.Tensor] | None = None  # the policy that samples
-    _lags = False  # whether it differs from the trained one
     _paper = {
         "title": "DiffusionNFT: Online Diffusion Reinforcement with Forward Process",
         "id": "2509.16117",
@@ -68,8 +67,13 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
         )
         return losses, {"velocity_change": (new["velocity"] - old["velocity"]).square().flatten(1).mean(1)}
 
+    @property
+    def _decay(self) -> float:
+        """Of the policy that samples in the present rollout: above 0 it lags behind the trained one."""
+        return min(self.args.old_policy_decay_rate * self.state.global_step, self.args.old_policy_decay)
+
     def on_policy(self, micro_batch):
-        return not self._lags and super().on_policy(micro_batch)
+        return self._decay == 0 and super().on_policy(micro_batch)
 
     def _generate_and_score(self, rows):
         self._update_old_policy()
@@ -77,18 +81,15 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
             return super()._generate_and_score(rows)
 
     def _update_old_policy(self):
-        args = self.args
-        decay = min(args.old_policy_decay_rate * self.state.global_step, args.old_policy_decay)
         new = [parameter.detach().clone() for parameter in self._trainable]
-        self._lags = decay > 0 and self._old is not None
-        if self._lags:
-            new = [n.lerp(o, decay) for n, o in zip(new, self._old, strict=True)]
+        if self._decay > 0 and self._old is not None:
+            new = [n.lerp(o, self._decay) for n, o in zip(new, self._old, strict=True)]
         self._old = new
 
     @contextmanager
     def _sampling_policy(self):
         """The policy that samples. Its velocities in the training batches are noted under it, too."""
-        if not self._lags:
+        if self._decay == 0:
             yield
             return
         trained = [parameter.detach().clone() for parameter in self._trainable]
