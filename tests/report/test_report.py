@@ -310,6 +310,12 @@ class TestFirstScreen:
             ("", "No reward was only watched, so that reward hacking would go unseen (eval_reward_funcs)."),
         ]
 
+    def test_a_watched_reward_without_a_score_is_watched(self, tmp_path):
+        assert self.findings(tmp_path, {"good": (0.25, 0.5), "bad": (None, None)}) == [
+            ("", "No held-out picture has a score of bad."),
+            ("up", "Held-out good rose: 0.250 → 0.500 (+0.250 ± 0.139)."),
+        ]
+
     def test_without_two_evaluations(self, tmp_path):
         assert "Nothing was evaluated on held-out prompts." in Page(write_report(tmp_path, [small_entry(1)])).text
         assert "There is one evaluation so far" in Page(write_report(tmp_path, [eval_entry(0)])).text
@@ -516,6 +522,11 @@ class TestLoadHistory:
     def test_trained_scores_come_first(self, tmp_path):
         log = [{"step": 0, "eval_rewards/a/mean": 0.1, "eval_rewards/b/mean": 0.1}, {"step": 1, "rewards/b/mean": 0.1}]
         assert load_history(tmp_path, log).eval_names() == ["b", "a"]
+        # Before the first update, and in files with sorted keys, the run says what is trained, and in which order.
+        log = [{"step": 0} | {f"eval_rewards/{name}/mean": 0.1 for name in "abc"}]
+        (tmp_path / "run.json").write_text(json.dumps({"rewards": ["c", "b"]}))
+        history = load_history(tmp_path, log)
+        assert history.eval_names() == ["c", "b", "a"] and history.watched_names() == ["a"]
 
 
 def hacked_run(run_dir: Path, scale: float = 1.0) -> Path:

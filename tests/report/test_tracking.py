@@ -54,6 +54,10 @@ class ReportThere(TrainerCallback):
         assert "0 of 1 updates" in Path("run/report.html").read_text()
 
 
+def never(images, **kwargs):
+    return [None] * len(images)
+
+
 trainer = FlowGRPOTrainer(
     tiny_sd3(),
     reward_funcs=brightness,
@@ -65,7 +69,7 @@ trainer = FlowGRPOTrainer(
     ),
     train_dataset=prompts(4),
     eval_dataset=prompts(3),
-    eval_reward_funcs=redness,
+    eval_reward_funcs=[redness, never],
     callbacks=[ReportThere()],
 )
 trainer.train()  # evaluates before, and after, when trackio's run has been finished
@@ -174,9 +178,10 @@ class TestRealTrackers:
             assert pixels(files / row["eval/pictures/path"]) == pixels(stored / "run" / "samples" / f"{step}.png")
             table = json.loads((files / row["eval/scores/path"]).read_text())
             record = json.loads((stored / "run" / "samples" / f"{step}.json").read_text())
-            assert table["columns"] == ["step", "prompt", "picture", "brightness", "redness"]
+            assert table["columns"] == ["step", "prompt", "picture", "brightness", "redness", "never"]
             assert [line[1] for line in table["data"]] == record["prompts"][:2]
             assert [line[4] for line in table["data"]] == pytest.approx(record["scores"]["redness"][:2])
+            assert [line[5] for line in table["data"]] == [None, None]
         video = files / shown[2]["eval/video_000/path"]
         assert video.read_bytes() == (stored / "samples" / "step_000009" / "000.gif").read_bytes()
         assert any("train/reward" in row and "train/time/reward" in row for row in rows)

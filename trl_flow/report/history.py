@@ -107,15 +107,20 @@ class RunHistory:
         keys = dict.fromkeys(key for entry in entries for key in entry)
         return list(dict.fromkeys(match[1] for key in keys if (match := re.fullmatch(pattern, key))))
 
+    @property
+    def trained_names(self) -> list[str]:
+        """Names of the rewards that are trained on; empty when the run doesn't tell."""
+        return self.run.get("rewards") or self.names(r"rewards/(.+)/mean")
+
     def eval_names(self) -> list[str]:
         """Names of the held-out scores: those that are trained on first."""
-        trained = self.names(r"rewards/(.+)/mean")
+        trained = self.trained_names
         names = self.names(r"eval_rewards/(.+)/mean", "eval")
         return sorted(names, key=lambda name: trained.index(name) if name in trained else len(trained))
 
     def watched_names(self) -> list[str]:
-        """Names of the held-out scores that are not trained on; empty when the log doesn't tell what is trained."""
-        trained = self.names(r"rewards/(.+)/mean")
+        """Names of the held-out scores that are not trained on; empty when the run doesn't tell what is trained."""
+        trained = self.trained_names
         return [name for name in self.eval_names() if name not in trained] if trained else []
 
     def tags(self, name: str) -> list[str]:

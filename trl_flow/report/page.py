@@ -136,7 +136,7 @@ def _what(history: RunHistory) -> Markup:
             str(config.get("dataset_name") or ""),
         )
     )
-    rewards = run.get("rewards") or history.names(r"rewards/(.+)/mean")
+    rewards = history.trained_names
     trained = f"an adapter of rank {config['lora_r']}" if finite(config.get("lora_r")) else "an adapter"
     trained = "all weights" if config.get("full_finetuning") else trained
     bold = Markup("<b>{}</b>").format
@@ -238,7 +238,7 @@ def _findings(history: RunHistory, scores: Sequence[Mapping]) -> list[dict[str, 
         said = "did not fall beyond its noise" if len(watched) == 1 else "none fell beyond its noise"
         said = said if judged else "of unknown interval"
         findings.append({"text": f"Watched, not trained on: {names}; {said}.", "direction": ""})
-    if not watched and history.names(r"rewards/(.+)/mean"):
+    if history.trained_names and not any(row["watched"] for row in scores):
         text = "No reward was only watched, so that reward hacking would go unseen (eval_reward_funcs)."
         findings.append({"text": text, "direction": ""})
     return findings
@@ -415,7 +415,7 @@ def _save_before_after(samples: list[Samples], path: Path) -> None:
     for start in range(0, len(matches), columns):
         block = matches[start : start + columns]
         padding = [None] * (columns - len(block))
-        texts = [before.prompts[i] for i, _ in block]
+        texts = [" ".join(before.prompts[i].split()) for i, _ in block]
         for position, (i, j) in enumerate(block):
             for row in _pair_scores(before, after, i, j):
                 values = [value for value in (row["before"], row["after"]) if value]
