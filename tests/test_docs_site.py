@@ -26,9 +26,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from PIL import Image
 
 import trl_flow
 from trl_flow.cli import COMMANDS
+from trl_flow.policy.families import FAMILIES
+from trl_flow.scripts.methods import METHODS
 
 
 ROOT = Path(__file__).parents[1]
@@ -147,6 +150,14 @@ def test_links_work_on_github(page):
             assert not anchor or anchor in slugs(other.read_text()), target
 
 
+@pytest.mark.parametrize("page", READ_ON_GITHUB, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pictures_can_be_seen_on_a_dark_page(page):
+    """Black letters on a transparent ground could not be."""
+    for target in re.findall(r"!\[[^\]]*\]\(([^)\s]+\.png)\)", page.read_text()):
+        with Image.open(page.parent / target) as image:
+            assert image.convert("RGBA").getchannel("A").getextrema() == (255, 255), target
+
+
 def test_every_page_is_in_a_table_of_contents():
     listed = {"index"}
     for page in PAGES:
@@ -196,6 +207,17 @@ def test_papers_beside_a_trainer_are_its_own():
     assert {name for page, name in checked if page == "paper_index.md"} >= {
         name for name in trl_flow.__all__ if name.endswith("Trainer") and name != "FlowGRPOFastTrainer"
     }
+
+
+def test_counts_of_methods_families_and_pipelines():
+    """Those that the README and the first steps tell are those of the library, and of docs/models.md."""
+    train, tried = re.search(
+        r"^(\d+) of the (\d+) that were tried", (DOCS / "models.md").read_text(), re.MULTILINE
+    ).groups()
+    readme, first_steps = ((ROOT / name).read_text() for name in ("README.md", "docs/getting_started.md"))
+    assert f"Twelve methods are here over one loop, for {len(FAMILIES)} families" in readme and len(METHODS) == 12
+    assert f"{tried} tiny pipelines" in readme and f": {train} train;" in readme
+    assert f"Of {tried} pipelines and variants that we tried {train} do" in first_steps
 
 
 @pytest.fixture
