@@ -160,7 +160,10 @@ class TestPush:
             assert f"Pushed: {hub.url}/user/repo/commit/{first.sha}" in pushed.stdout
             assert "could not be pushed to user/repo: The Hub knows no such" in pushed.stderr
             files = hub.files("model", "user/repo")
-            assert files == first.files == hub.files("model", "user/repo", "second")
+            assert files == first.files
+            second = hub.files("model", "user/repo", "second")
+            assert {name for name in files if files[name] != second[name]} == {"README.md", "card.json"}
+            assert b'load_lora_weights("user/repo", revision="second")' in second["README.md"]
             used = hub.run(USED, cwd=tmp_path)
             assert 'Invalid metadata in README.md. - "license" must be one of [apache-2.0' in " ".join(
                 used.stderr.split()

@@ -253,7 +253,28 @@ class TestRewardHacking:
                 {"trained": 0.6, "beauty": 0.1},
                 ["How much of the change of `beauty` (-0.800), only watched, is chance is not known."],
             ),
-            ({}, scores(trained=0.6, beauty=0.6), ["There are no scores of `beauty` and `text` before and after"]),
+            (
+                {},
+                scores(trained=0.6, beauty=0.6),
+                ["There are no scores of `beauty` and `text`, only watched, before"],
+            ),
+            (
+                scores(trained=0.2, beauty=0.5),
+                scores(trained=0.6, beauty=0.5),
+                ["no sign of reward hacking.", "There are no scores of `text`, only watched, before and after."],
+            ),
+            (
+                scores(trained=0.2, beauty=0.9),
+                scores(trained=0.25, beauty=0.6),  # a rise within its noise
+                ["only watched, fell beyond the 95 % interval, and what was trained on did not rise beyond it."],
+            ),
+            (
+                {name: {"mean": 0.9, "std": 0.0, "n": 1} for name in ("trained", "beauty")},
+                {name: {"mean": 0.1, "std": 0.0, "n": 1} for name in ("trained", "beauty")},
+                [
+                    "How much of the change of `beauty` (-0.800), only watched, is chance is not known."
+                ],  # of one picture
+            ),
         ],
     )
     def test_what_the_scores_say(self, tmp_path, before, after, texts):
@@ -319,7 +340,7 @@ class TestWriteModelCard:
         with pytest.raises(ValueError, match="is not what training writes"):
             write_model_card(tmp_path)
         make_card(tmp_path)
-        with pytest.raises(ValueError, match="steps: expected hub_model_id, model_name or license"):
+        with pytest.raises(ValueError, match="steps: expected hub_model_id, hub_revision, model_name or license"):
             write_model_card(tmp_path, steps=3)
 
     def test_arguments_that_python_cannot_write(self, tmp_path):

@@ -296,7 +296,9 @@ class TestStrategies:
         hub, *_ = pushed
         repository = hub.repositories["model", "user/every"]
         assert set(repository.branches["main"].files) == {".gitattributes"}
-        assert json.loads(repository.branches["trial"].files["calibration.json"])["noise_level"] == [0.7] * 4
+        files = repository.branches["trial"].files
+        assert json.loads(files["calibration.json"])["noise_level"] == [0.7] * 4
+        assert b'load_lora_weights("user/every", revision="trial")' in files["README.md"]
 
     def test_a_run_goes_on_from_what_was_pushed(self, pushed):
         hub, found, *_ = pushed

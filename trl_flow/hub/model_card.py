@@ -69,6 +69,7 @@ def create_model_card(
     tags: Sequence[str] = (),
     model_name: str | None = None,
     hub_model_id: str | None = None,
+    hub_revision: str | None = None,
     component: str = "transformer",
     prompts: Sequence[str] = (),
     load_expression: str | None = None,
@@ -132,6 +133,8 @@ def create_model_card(
             Title. Defaults to the name of the repository or directory.
         hub_model_id (`str`, *optional*):
             Repository that the card goes to; the usage example loads from it.
+        hub_revision (`str`, *optional*):
+            Branch of the repository that it goes to, where that is not `main`.
         component (`str`, *optional*, defaults to `"transformer"`):
             Name of the trained denoiser in the pipeline.
         prompts (`Sequence[str]`, *optional*):
@@ -176,6 +179,7 @@ def create_model_card(
     facts = {
         "model_name": model_name or _repository_name(hub_model_id or str(output_dir.resolve())),
         "hub_model_id": hub_model_id,
+        "hub_revision": hub_revision,
         "license": {"license": license} if license else _base_license(base_model),
         # A name without a slash is nobody's id on the Hub.
         "base_model": base_model if is_hub_id else Path(base_model).name,
@@ -220,8 +224,8 @@ def write_model_card(output_dir: str | Path, **changes) -> Path:
         output_dir (`str` or `Path`):
             The directory.
         changes:
-            `hub_model_id`, `model_name` or `license` to say something else than before, as in [`create_model_card`]; they
-            are kept in `card.json`.
+            `hub_model_id` (with `hub_revision`), `model_name` or `license` to say something else than before, as in
+            [`create_model_card`]; they are kept in `card.json`.
 
     Returns:
         `Path`: the card.
@@ -256,10 +260,10 @@ def load_card_facts(output_dir: str | Path, **changes) -> dict:
     if not isinstance(facts, dict) or "pipeline_class_name" not in facts:
         raise ValueError(f"{path} is not what training writes: expected a mapping with the facts of a model card.")
     for name in changes:
-        if name not in ("hub_model_id", "model_name", "license"):
-            raise ValueError(f"{name}: expected hub_model_id, model_name or license.")
+        if name not in ("hub_model_id", "hub_revision", "model_name", "license"):
+            raise ValueError(f"{name}: expected hub_model_id, hub_revision, model_name or license.")
     if changes.get("hub_model_id"):
-        facts["hub_model_id"] = changes["hub_model_id"]
+        facts["hub_model_id"], facts["hub_revision"] = changes["hub_model_id"], changes.get("hub_revision")
         facts["model_name"] = _repository_name(changes["hub_model_id"])
     if changes.get("model_name"):
         facts["model_name"] = changes["model_name"]
@@ -347,6 +351,7 @@ def render_model_card(output_dir: str | Path, facts: Mapping) -> str:
         snippet=_snippet(
             load_expression,
             facts["hub_model_id"] or ("path/to/" + model_name),
+            facts["hub_revision"] if facts["hub_model_id"] else None,
             prompts[0],
             facts["call_arguments"],
             facts["component"],
@@ -395,7 +400,7 @@ def _mean_and_half_interval(score: float | Mapping | None) -> tuple[float, float
         return float(score), None
     mean, std, n = score.get("mean"), score.get("std"), score.get("n")
     mean = math.nan if mean is None else float(mean)
-    return mean, 1.96 * std / math.sqrt(n) if std is not None and n else None
+    return mean, 1.96 * std / math.sqrt(n) if std is not None and n and n > 1 else None
 
 
 def _score_rows(before: Mapping, after: Mapping, trained: Sequence[str], samples: list[Samples]) -> list[dict]:
@@ -403,7 +408,8 @@ def _score_rows(before: Mapping, after: Mapping, trained: Sequence[str], samples
     names = list(dict.fromkeys([*before, *after]))
     rows = []
     for name in sorted(names, key=lambda name: trained.index(name) if name in trained else len(trained)):
-        row = {"name": f"`{name}`", "trained": name in trained, "before": "", "after": "", "change": "", "delta": None}
+        row = {"name": f"`{name}`", "trained": name in trained, "before": "", "after": "", "change": ""}
+        row |= {"delta": None, "half_interval": None}
         means, halves = {}, {}
         for key, scores in (("before", before), ("after", after)):
             mean, half_interval = _mean_and_half_interval(scores.get(name))
@@ -434,11 +440,6 @@ def _hacking_text(rows: list[dict], reward_names: Sequence[str], watched_names: 
             "only pleases what was trained on."
         )
     watched = [row for row in rows if not row["trained"] and row["delta"] is not None]
-    if not watched:
-        names = _join([f"`{name}`" for name in watched_names])
-        return (
-            f"There are no scores of {names} before and after: whether what was only watched has fallen is not known."
-        )
 
     def listed(rows: list[dict]) -> str:
         halves = [f" ± {row['half_interval']:.2g}" if row["half_interval"] is not None else "" for row in rows]
@@ -446,7 +447,7 @@ def _hacking_text(rows: list[dict], reward_names: Sequence[str], watched_names: 
             [f"{row['name']} ({format_change(row['delta'])}{h})" for row, h in zip(rows, halves, strict=True)]
         )
 
-    rose = [row for row in rows if row["trained"] and row["delta"] is not None and row["delta"] > 0]
+    rose = [row for row in rows if row["trained"] and (row["delta"] or 0) > (row["half_interval"] or 0)]
     known = [row for row in watched if row["half_interval"] is not None]
     fell = [row for row in known if row["delta"] + row["half_interval"] < 0]
     sentences = []
@@ -457,7 +458,7 @@ def _hacking_text(rows: list[dict], reward_names: Sequence[str], watched_names: 
         )
     elif fell:
         sentences.append(
-            f"{listed(fell)}, only watched, fell beyond the 95 % interval, and what was trained on did not rise."
+            f"{listed(fell)}, only watched, fell beyond the 95 % interval, and what was trained on did not rise beyond it."
         )
     if kept := [row for row in known if row not in fell]:
         sentences.append(
@@ -466,6 +467,9 @@ def _hacking_text(rows: list[dict], reward_names: Sequence[str], watched_names: 
         )
     if unknown := [row for row in watched if row["half_interval"] is None]:
         sentences.append(f"How much of the change of {listed(unknown)}, only watched, is chance is not known.")
+    scored = {row["name"] for row in watched}
+    if missing := [f"`{name}`" for name in watched_names if f"`{name}`" not in scored]:
+        sentences.append(f"There are no scores of {_join(missing)}, only watched, before and after.")
     return " ".join(sentences)
 
 
@@ -542,6 +546,7 @@ def _hub_card(repo_id: str) -> str:
 def _snippet(
     load_expression: str,
     adapter: str,
+    revision: str | None,
     prompt: str,
     call_arguments: dict,
     component: str,
@@ -567,7 +572,7 @@ def _snippet(
     lines += ["", f"pipe = {load_expression}"]
     if scheduler is not None:
         lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)")
-    place = json.dumps(adapter)
+    place = json.dumps(adapter) + (f", revision={json.dumps(revision)}" if revision is not None else "")
     for part in (component, second_component):
         second = part is not None and part.endswith("_2")
         if part is None:

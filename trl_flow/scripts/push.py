@@ -105,7 +105,7 @@ def push(args: PushArguments) -> str:
 
     folder = check_run(args.run)
     # The card names the repository that it goes to, whatever it named before.
-    facts = load_card_facts(folder, hub_model_id=args.repo_id)
+    facts = load_card_facts(folder, hub_model_id=args.repo_id, hub_revision=args.revision)
     # The settings are in config.yaml, and a pickle is nothing to load from a stranger.
     files = {name: path for name, path in run_files(folder).items() if Path(name).name != TRAINING_ARGUMENTS}
     staging = Path(tempfile.mkdtemp())

@@ -289,7 +289,13 @@ class SavingMixin:
             return None
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1], **kwargs})
+        self.create_model_card(
+            **{
+                "model_name": self.hub_model_id.split("/")[-1],
+                "hub_revision": revision or self.args.hub_revision,
+                **kwargs,
+            }
+        )
         self._finish_current_push()
         push = self._prepare_push(commit_message, token, revision, staged=not blocking)
         return push() if blocking else self._push_thread().submit(push)
@@ -426,7 +432,13 @@ class SavingMixin:
         repositories = {name: record.repository for name, record in PROMPT_SETS.items()}
         return list(dict.fromkeys(repositories.get(name) or name for name in names))
 
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags=None,
+        hub_revision: str | None = None,
+    ):
         if not self.is_world_process_zero():
             return
         evaluations = [entry for entry in self.state.log_history if "eval_reward" in entry]
@@ -473,6 +485,7 @@ class SavingMixin:
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
             model_name=model_name,
             hub_model_id=self.hub_model_id or self.args.hub_model_id,
+            hub_revision=hub_revision or self.args.hub_revision,
             component=self.policy.components[0],
             second_component=next(iter(self.policy.components[1:]), None),
             complete_class=(
