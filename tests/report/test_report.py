@@ -126,10 +126,23 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The page of a finished run."""
+    return write_report(write_run(tmp_path_factory.mktemp("finished")))
+
+
+@pytest.fixture
+def no_drawings(monkeypatch):
+    """For what else is on a page: its drawings take most of the time."""
+    monkeypatch.setattr("trl_flow.report.page.render_svg", lambda panel: "")
+    monkeypatch.setattr("trl_flow.report.page.save_png", lambda panels, path: None)
+
+
 class TestWriteReport:
-    def test_page_needs_nothing_else(self, tmp_path):
-        path = write_report(write_run(tmp_path))
-        assert path == tmp_path / "report.html"
+    def test_page_needs_nothing_else(self, finished):
+        path = finished
+        assert path.name == "report.html"
         page = Page(path)
         assert all(resource.startswith(("data:", "#")) for resource in page.resources)
         assert "link" not in page.tags
@@ -137,19 +150,18 @@ class TestWriteReport:
         assert not re.search(r"url\((?!['\"]?#)", path.read_text())
         assert "@import" not in path.read_text()
         assert "Settings" in page.text
-        assert not list(tmp_path.glob(".*partial*"))
+        assert not list(path.parent.glob(".*partial*"))
 
-    def test_references_inside_the_drawings_resolve(self, tmp_path):
-        path = write_report(write_run(tmp_path))
-        page = Page(path)
+    def test_references_inside_the_drawings_resolve(self, finished):
+        page = Page(finished)
         used = {resource[1:] for resource in page.resources if resource.startswith("#")}
-        used |= set(re.findall(r"url\(#([^)]*)\)", path.read_text()))
+        used |= set(re.findall(r"url\(#([^)]*)\)", finished.read_text()))
         assert used
         assert used <= set(page.ids)
         assert len(page.ids) == len(set(page.ids))
 
-    def test_shows_what_was_logged(self, tmp_path):
-        page = Page(write_report(write_run(tmp_path)))
+    def test_shows_what_was_logged(self, finished):
+        page = Page(finished)
         for text in (
             "12 updates in 1 min 00 s",
             "0.480 → 0.600",  # strict: 0.48 + 0.01 * 12
@@ -170,12 +182,12 @@ class TestWriteReport:
         ):
             assert text in page.text, text
 
-    def test_texts_are_escaped_and_secrets_left_out(self, tmp_path):
-        path = write_report(write_run(tmp_path))
-        assert "<b>green</b>" not in path.read_text()
-        assert "two <b>green</b> squares & a star" in Page(path).text
-        assert "secret" not in path.read_text()
+    def test_texts_are_escaped_and_secrets_left_out(self, finished):
+        assert "<b>green</b>" not in finished.read_text()
+        assert "two <b>green</b> squares & a star" in Page(finished).text
+        assert "secret" not in finished.read_text()
 
+    @pytest.mark.usefixtures("no_drawings")
     def test_pictures_are_pairs_by_index(self, tmp_path):
         run_dir = write_run(tmp_path)
         (run_dir / "samples" / "step_000000" / "001.png").unlink()
@@ -188,6 +200,7 @@ class TestWriteReport:
         with Image.open(run_dir / "before_after.png") as image:
             assert image.width == 10 + 2 * (160 + 10)
 
+    @pytest.mark.usefixtures("no_drawings")
     def test_large_pictures_are_reduced(self, tmp_path):
         path = write_report(write_run(tmp_path, size=1024))
         assert "data:image/jpeg" in path.read_text()
@@ -201,6 +214,7 @@ class TestWriteReport:
         assert (tmp_path / "curves.png").is_file()
         assert not (tmp_path / "before_after.png").exists()
 
+    @pytest.mark.usefixtures("no_drawings")
     def test_progress_of_an_unfinished_run(self, tmp_path):
         (tmp_path / "config.yaml").write_text("max_steps: 50\n")
         assert "3 of 50 updates" in Page(write_report(tmp_path, log_history=[train_entry(3)])).text
@@ -234,6 +248,7 @@ class TestWriteReport:
         log += [{"step": 3, "reward": None, "eval_reward": "x"}, train_entry(4)]
         write_report(tmp_path, log_history=log)
 
+    @pytest.mark.usefixtures("no_drawings")
     def test_damaged_side_files(self, tmp_path):
         run_dir = write_run(tmp_path)
         (run_dir / "config.yaml").write_text("a: [1\n")
@@ -255,6 +270,7 @@ def small_entry(step: int) -> dict:
     return {"step": step, "reward": 0.5, "time/elapsed": 5.0 * step}
 
 
+@pytest.mark.usefixtures("no_drawings")
 class TestFirstScreen:
     """What a stranger reads first: what was trained, what rose, and whether a watched reward fell."""
 
@@ -320,9 +336,9 @@ class TestFirstScreen:
         assert "Nothing was evaluated on held-out prompts." in Page(write_report(tmp_path, [small_entry(1)])).text
         assert "There is one evaluation so far" in Page(write_report(tmp_path, [eval_entry(0)])).text
 
-    def test_arrows_mark_what_is_beyond_the_interval(self, tmp_path):
+    def test_arrows_mark_what_is_beyond_the_interval(self, finished):
         # strict: +0.12, +- 1.96 * 0.5 * sqrt(2 / 512) = 0.061; partial: paired, all differences are 0.
-        text = write_report(write_run(tmp_path)).read_text()
+        text = finished.read_text()
         assert '<small class="up">+0.120 ± 0.061</small>' in text
         assert '<small class="">+0.000 ± 0.000</small>' in text
 
@@ -331,6 +347,7 @@ class TestFirstScreen:
         assert "± 0.087" in Page(write_report(tmp_path, log)).text  # 1.96 * 0.5 / sqrt(128)
 
 
+@pytest.mark.usefixtures("no_drawings")
 class TestGoingOn:
     def test_a_run_that_goes_on_reloads_its_page(self, tmp_path):
         log = [eval_entry(0), small_entry(1), small_entry(2)]
@@ -341,9 +358,9 @@ class TestGoingOn:
         assert re.search('<meta http-equiv="refresh" content="[0-9]+">', path.read_text())
         assert "reloads itself" in page.text
 
-    def test_one_that_has_ended_does_not(self, tmp_path):
+    def test_one_that_has_ended_does_not(self, tmp_path, finished):
         log = [small_entry(1), small_entry(2), {"step": 2, "train_runtime": 11.0}, eval_entry(2)]
-        for page in (write_report(tmp_path, log), write_report(write_run(tmp_path / "run"))):
+        for page in (write_report(tmp_path, log), finished):
             assert "http-equiv" not in page.read_text()
             assert "Written" not in Page(page).text
 
@@ -394,6 +411,7 @@ class TestPanels:
         assert [bar.get_height() for bar in axes.patches] == [0.9, 0.8, 2.5, 0.25]
         assert axes.get_legend_handles_labels()[1] == ["before calibration", "in training"]
 
+    @pytest.mark.usefixtures("no_drawings")
     def test_tags(self, tmp_path):
         log = [
             {"step": step, "eval_rewards/org/reward/mean": 0.5}
@@ -408,6 +426,7 @@ class TestPanels:
         ]
         assert "a/b 0.000 → 0.050 c$d$ 0.100 → 0.150" in Page(write_report(tmp_path, log)).text
 
+    @pytest.mark.usefixtures("no_drawings")
     def test_failures_only_where_there_were_some(self, tmp_path):
         log = [small_entry(step) | {"rewards/strict/failed": 0.0, "rewards/partial/failed": 0.0} for step in (1, 2)]
         assert "Failed rewards" not in Page(write_report(tmp_path, log)).text
@@ -443,6 +462,7 @@ class TestPanels:
 
 
 class TestVideos:
+    @pytest.mark.usefixtures("no_drawings")
     def test_move_and_lie_still(self, tmp_path):
         folder = tmp_path / "samples" / "step_000000"
         folder.mkdir(parents=True)
@@ -568,6 +588,7 @@ class TestRewardHacking:
         (tmp_path / "checkpoint-12" / "trainer_state.json").write_text(json.dumps(state))
         assert load_history(tmp_path).rolled_back_to == 4
 
+    @pytest.mark.usefixtures("no_drawings")
     def test_the_page_shows_what_was_left(self, tmp_path):
         page = Page(write_report(hacked_run(tmp_path)))
         assert "12 updates in 1 min 00 s, rolled back to update 4 for reward hacking" in page.text

@@ -86,17 +86,32 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-@pytest.fixture
-def runs(tmp_path):
-    first = write_run(tmp_path / "first", [0.5, 0.25, 0.5, 0.25], noise_level=0.7)
-    second = write_run(tmp_path / "second", [0.5, 0.75, 0.5, 0.75], method="Flow-GRPO", noise_level=[0.5, 0.4])
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    first = write_run(folder / "first", [0.5, 0.25, 0.5, 0.25], noise_level=0.7)
+    second = write_run(folder / "second", [0.5, 0.75, 0.5, 0.75], method="Flow-GRPO", noise_level=[0.5, 0.4])
     return load_runs([first, second])
+
+
+@pytest.fixture(scope="module")
+def compared(runs, tmp_path_factory):
+    """The page of these runs."""
+    return compare_runs(runs, tmp_path_factory.mktemp("compared") / "new" / "out")
+
+
+@pytest.fixture
+def no_drawings(monkeypatch):
+    """For what else is on a page: its drawings take most of the time."""
+    monkeypatch.setattr("trl_flow.report.runs.render_svg", lambda panel: "")
+    monkeypatch.setattr("trl_flow.report.runs._save_curves", lambda runs, panels, path: None)
 
 
 def half_interval(values):
     return 1.96 * np.std(values, ddof=1) / math.sqrt(len(values))
 
 
+@pytest.mark.usefixtures("no_drawings")
 class TestScores:
     def test_changes_and_differences_are_paired(self, runs):
         (table,) = final_scores(runs)
@@ -206,6 +221,7 @@ class TestRuns:
             ("noise_level", ["0.7", "[0.5, 0.4]"]),
         ]
 
+    @pytest.mark.usefixtures("no_drawings")
     def test_without_evaluations_the_training_reward_stands_in(self, tmp_path):
         folders = [write_run(tmp_path / name, [0.5] * 4) for name in "ab"]
         for folder in folders:
@@ -219,10 +235,9 @@ class TestRuns:
 
 
 class TestPage:
-    def test_needs_nothing_else(self, runs, tmp_path):
-        path = compare_runs(runs, tmp_path / "new" / "out")
-        page = Page(path)
-        assert path == tmp_path / "new" / "out" / "comparison.html"
+    def test_needs_nothing_else(self, compared):
+        path, page = compared, Page(compared)
+        assert path.parts[-3:] == ("new", "out", "comparison.html")
         assert all(resource.startswith(("data:", "#")) for resource in page.resources)
         assert "link" not in page.tags and "script" not in page.tags
         assert not re.search(r"url\((?!['\"]?#)", path.read_text())
@@ -233,13 +248,13 @@ class TestPage:
             "comparison_pictures.png",
         ]
 
-    def test_each_element_of_a_drawing_is_its_own(self, runs, tmp_path):
-        page = Page(compare_runs(runs, tmp_path / "out"))
+    def test_each_element_of_a_drawing_is_its_own(self, compared):
+        page = Page(compared)
         assert len(page.ids) == len(set(page.ids))
         assert {resource[1:] for resource in page.resources if resource.startswith("#")} <= set(page.ids)
 
-    def test_a_drawing_for_each_axis(self, runs, tmp_path):
-        text = compare_runs(runs, tmp_path / "out").read_text()
+    def test_a_drawing_for_each_axis(self, compared):
+        text = compared.read_text()
         assert re.findall(r'<input class="choice" type="radio" name="axis" id="by-(\w+)"', text) == [
             "step",
             "elapsed",
@@ -256,8 +271,8 @@ class TestPage:
             path.write_text(path.read_text().replace('"time/elapsed"', '"time/other"'))
         assert 'id="by-elapsed"' not in compare_runs(load_runs(folders), tmp_path / "out").read_text()
 
-    def test_pictures_of_the_same_prompt_side_by_side(self, runs, tmp_path):
-        text = compare_runs(runs, tmp_path / "out").read_text()
+    def test_pictures_of_the_same_prompt_side_by_side(self, compared):
+        text = compared.read_text()
         figures = re.findall(r'<figure class="figure">.*?</figure>', text, flags=re.DOTALL)
         assert [html.unescape(re.search("<figcaption>(.*?)</figcaption>", figure)[1]) for figure in figures] == PROMPTS
         for figure in figures:
