@@ -145,6 +145,49 @@ def test_grid_of_flux_is_the_published_one(name):
     assert scheduler.sigmas.tolist() == pytest.approx([3 * time / (1 + 2 * time) for time in times], abs=2e-6)
 
 
+# Section 5.1 and appendix A of DenseGRPO's paper; what its tasks have in common, and what not.
+DENSE_GRPO = {
+    "model_name_or_path": "stabilityai/stable-diffusion-3.5-medium",
+    **{"num_inference_steps": 10, "num_eval_inference_steps": 40, "num_generations": 24, "height": 512, "width": 512},
+    **{"dense_reward": "gain", "tail_steps": "full", "lora_r": 32, "lora_alpha": 64},
+    **{"learning_rate": 3e-4, "weight_decay": 1e-4},
+}
+# Sections 3.1 to 4.1 and table 4 of G2RPO's.
+G2RPO = {
+    "model_name_or_path": "black-forest-labs/FLUX.1-dev",
+    **{"dataset_name": "hpdv2", "reward_funcs": ["hpsv2", "clip"], "full_finetuning": True, "bf16": True},
+    **{"num_inference_steps": 16, "num_generations": 12, "noise_level": 0.7, "same_initial_noise": True},
+    **{"granularities": [1, 2, 3], "advantage_clip": 5.0, "epsilon": 1e-4, "beta": 0.0},
+    **{"multi_objective_aggregation": "normalize_then_sum", "per_device_train_batch_size": 1},
+    **{"learning_rate": 2e-6, "weight_decay": 1e-4, "max_grad_norm": 1.0, "seed": 42},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sd3.5-medium/dense-grpo", DENSE_GRPO | {"reward_funcs": ["pickscore"], "beta": 0.01, "max_steps": 4500}),
+        (
+            "sd3.5-medium/dense-grpo-geneval",
+            DENSE_GRPO | {"reward_funcs": [{"geneval": {"score": "flow_grpo"}}], "beta": 0.04, "max_steps": 4500},
+        ),
+        (
+            "sd3.5-medium/dense-grpo-ocr",
+            DENSE_GRPO | {"reward_funcs": [{"ocr": {"match": "paper"}}], "beta": 0.04, "max_steps": 1500},
+        ),
+        ("flux.1-dev/g2rpo", G2RPO),
+    ],
+)
+def test_settings_are_the_papers(name, settings):
+    example = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
+    assert {setting: example.get(setting) for setting in settings} == settings
+    if "dense_reward" in settings:
+        # 8 times 144 pictures in an update, and one update per rollout; on the 8 GPUs that the example is written for.
+        pictures = 8 * example["per_device_train_batch_size"] * example["num_generations"]
+        assert pictures * example["gradient_accumulation_steps"] == 8 * 144
+        assert example["steps_per_generation"] == example["gradient_accumulation_steps"]
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_command_line_in_its_comment_is_its_own(path):
     text = path.read_text()
