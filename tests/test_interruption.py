@@ -70,6 +70,14 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """The report has tests of its own, and takes longer than these runs."""
+    monkeypatch.setattr("trl_flow.trainer.flow_grpo_trainer.write_report", lambda output_dir: None)
+    monkeypatch.setattr("trl_flow.trainer.saving.write_report", lambda *args, **kwargs: None)
+    monkeypatch.setattr("trl_flow.report.live.write_report", lambda *args, **kwargs: None)
+
+
+@pytest.fixture(autouse=True)
 def handlers():
     """As in a terminal, wherever the tests run."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -95,19 +103,20 @@ def wait_for(path, process):
         time.sleep(0.02)
 
 
-def test_sigterm_saves_and_the_command_that_it_names_ends_as_a_run_that_was_never_stopped(place):
+def test_sigterm_saves_and_the_command_that_it_names_ends_as_a_run_that_was_never_stopped(place, monkeypatch, capfd):
     """In the middle of the third of six updates, which is the first of its rollout's two, and would be evaluated."""
-    program = [sys.executable, "-m", "trl_flow.cli"]
-    environment = {**os.environ, "WAIT_IN_CALL": "4"}  # a check, an evaluation and two rollouts
-    process = subprocess.Popen(
-        [*program, *command("stopped")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(place / "waiting", process)
-    process.send_signal(signal.SIGTERM)
-    (place / "go_on").touch()
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 143, stderr
-    assert "Traceback" not in stderr
+
+    def stop():
+        while not (place / "waiting").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        (place / "go_on").touch()
+
+    with monkeypatch.context() as patched:
+        patched.setenv("WAIT_IN_CALL", "4")  # a check, an evaluation and two rollouts
+        threading.Thread(target=stop, daemon=True).start()
+        assert cli.main(command("stopped")) == 143
+    stdout, stderr = capfd.readouterr()
     assert "SIGTERM: training stops after this update" in stderr
     said = re.search(
         r"^Stopped after update 3 of 6, saved in stopped/checkpoint-3. Go on with: trl-flow (.+)$", stderr, re.M
