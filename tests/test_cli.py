@@ -724,6 +724,8 @@ class TestRuns:
 
     def test_run_config_repeats_a_run_from_elsewhere(self, config, tmp_path, monkeypatch):
         """Settings of the file, the environment and the command line; paths, lists, a noise table, rewards with settings."""
+        for module in ("trainer.flow_grpo_trainer", "trainer.saving", "report.live"):
+            monkeypatch.setattr(f"trl_flow.{module}.write_report", lambda *args, **kwargs: None)
         quick = ["--num_calibration_iterations", "1", "--num_samples", "8", "--output", "psi.json"]
         assert cli.main(["calibrate", "--config", config, *quick]) == 0
         settings = yaml.safe_load(Path(config).read_text())

@@ -72,9 +72,8 @@ def place(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """The report has tests of its own, and takes longer than these runs."""
-    monkeypatch.setattr("trl_flow.trainer.flow_grpo_trainer.write_report", lambda output_dir: None)
-    monkeypatch.setattr("trl_flow.trainer.saving.write_report", lambda *args, **kwargs: None)
-    monkeypatch.setattr("trl_flow.report.live.write_report", lambda *args, **kwargs: None)
+    for module in ("trainer.flow_grpo_trainer", "trainer.saving", "report.live"):
+        monkeypatch.setattr(f"trl_flow.{module}.write_report", lambda *args, **kwargs: None)
 
 
 @pytest.fixture(autouse=True)
@@ -310,6 +309,25 @@ def test_in_another_thread_a_run_trains_as_without(tmp_path):
     thread.start()
     thread.join()
     assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_dry_run_that_is_stopped_leaves_nothing(place, monkeypatch, capfd, number):
+    """While it loads, a command has handlers of its own; they are gone afterwards."""
+    (place / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place / "temporary"))
+    made = []
+
+    def make_trainer(trainer_class, script_args, training_args):
+        made.extend((place / "temporary").iterdir())
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+
+    monkeypatch.setattr("trl_flow.scripts.training.make_trainer", make_trainer)
+    assert cli.main([*command("nowhere"), "--dry_run"]) == 128 + number
+    assert "trl-flow flow-grpo: interrupted" in capfd.readouterr().err
+    assert len(made) == 1 and not list((place / "temporary").iterdir()) and not (place / "nowhere").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,11 @@
 import difflib
 import importlib
 import os
+import signal
 import sys
 import textwrap
+import threading
+from contextlib import contextmanager
 
 from . import __version__
 from .environment import check_torchvision
@@ -82,7 +85,8 @@ def format_help() -> str:
         "Exit codes:",
         "  0    done",
         "  1    failed, or `doctor` found that a pipeline does not train",
-        "  2    the command line, the environment or the YAML file is wrong",
+        "  2    a setting on the command line, in the environment or in the YAML file is",
+        "       unknown, or not of its kind; those that don't go together give 1",
         "  130  stopped by Ctrl-C, 143 by SIGTERM: a run that trains has saved a",
         "       checkpoint then and said how to go on",
     ]
@@ -125,13 +129,30 @@ def without(args: list[str], removed: list[str]) -> list[str]:
     return kept
 
 
+@contextmanager
+def terminable():
+    """SIGTERM ends a command as Ctrl-C does, so that it tidies up; of itself it would leave temporary files behind."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def main(argv: list[str] | None = None) -> int:
     """
     Entry point of `trl-flow`.
 
     Returns:
         `int`: 0 if all went well, 1 if the command failed (or `doctor` found that a pipeline does not train), 2 if the
-            command line is wrong, 130 if Ctrl-C interrupted it. A training command that SIGTERM interrupted gives 143.
+            command line is wrong, 130 if Ctrl-C interrupted it, 143 if SIGTERM did.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("TRL_FLOW_DEBUG", "0").lower() not in ("", "0", "false", "no")
@@ -153,12 +174,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{USAGE}\ntrl-flow: error: unknown {kind} {command}. {hint}", file=sys.stderr)
         return 2
     try:
-        return run(command, args)
-    except KeyboardInterrupt:
+        with terminable():
+            return run(command, args)
+    except KeyboardInterrupt as interruption:
         if debug:
             raise
         print(f"trl-flow {command}: interrupted", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if interruption.args == (signal.SIGTERM,) else signal.SIGINT)
     except (ValueError, OSError, ImportError) as error:
         # What a user can put right: our checks raise ValueError, files and the Hub OSError, optional packages
         # ImportError. Anything else is a bug and keeps its traceback.
