@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pipelines import prompts
 
 
 SCRIPT = """
@@ -64,6 +65,12 @@ for limit in (0.2, 0.05):
             "failed": [entry["rewards/fragile/failed"] for entry in logs if "rewards/fragile/failed" in entry],
             "weights": weights.double().sum().item(),
             "moved": weights.isfinite().all().item(),
+            "pictures": [
+                entry["images_per_second"] * sum(entry[f"time/{phase}"] for phase in ("rollout", "decode", "reward"))
+                for entry in logs
+                if "images_per_second" in entry
+            ],
+            "shown": trainer.evaluated_samples and trainer.evaluated_samples.prompts,
         }
 json.dump(outcomes, open(f"{sys.argv[1]}/{rank}.json", "w"))
 """
@@ -83,6 +90,9 @@ def test_a_reward_that_fails_on_one_process(tmp_path):
     # Below the limit both train, and to the same weights; the failures of one are in the logs of the other.
     assert first["0.2"]["failed"] == pytest.approx([1 / 12, 1 / 12])
     assert first["0.2"]["weights"] == second["0.2"]["weights"] and first["0.2"]["moved"]
+    assert first["0.2"]["pictures"] == pytest.approx([12, 12]), "those of both"
+    # The first process shows the pictures that both have made.
+    assert first["0.2"]["shown"] == prompts(3)["prompt"][:] and second["0.2"]["shown"] is None
     # Above it both stop, each with the reason.
     for result in (first, second):
         assert "failed for 1 of the 12 pictures of step 0 (brightness 0%, fragile 8%)" in result["0.05"]["error"]
