@@ -79,7 +79,7 @@ class Line:
     def label(self) -> str:
         fans = [f"×{self.count}"] if self.parent is None and self.count > 1 else []
         fans += [f"×{edge.fan} at {edge.start}" for edge in self.edges if edge.fan > 1]
-        pictures = _count(self.pictures, "picture")
+        pictures = count_text(self.pictures, "picture")
         return f"{', '.join(fans)}: {pictures}" if fans else pictures
 
 
@@ -218,12 +218,12 @@ def plan_summary(plan: Plan) -> str:
     """What one prompt group costs, in a line."""
     transitions = sum(map(len, plan.transitions.values()))
     return (
-        f"{_count(plan.num_evaluations, 'velocity evaluation')}, {_count(len(plan.leaves), 'picture')}, "
-        f"{_count(transitions, 'transition')} credited, of {_steps(plan.steps)}"
+        f"{count_text(plan.num_evaluations, 'velocity evaluation')}, {count_text(len(plan.leaves), 'picture')}, "
+        f"{count_text(transitions, 'transition')} credited, of {_steps(plan.steps)}"
     )
 
 
-def _count(number: int, name: str) -> str:
+def count_text(number: int, name: str) -> str:
     return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 

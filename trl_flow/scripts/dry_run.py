@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..report.plan import ASCII, PlanPicture, plan_text
+from ..report.plan import ASCII, PlanPicture, count_text, plan_text
 from ..report.text import format_duration
 from .arguments import TrainingScriptArguments
 from .estimate import estimate, rows_per_step
@@ -288,9 +288,9 @@ def update_facts(trainer, updates: int) -> list[tuple[str, str]]:
     facts = [
         (
             "Rollout",
-            f"{prompts:,} prompt{'s' if prompts > 1 else ''}{seeds}{processes}; {each} update{'s' if each > 1 else ''}",
+            f"{count_text(prompts, 'prompt')}{seeds}{processes}; {count_text(each, 'update')}",
         ),
-        ("Run", f"{updates:,} updates from {-(-updates // each):,} rollouts"),
+        ("Run", f"{count_text(updates, 'update')} from {count_text(-(-updates // each), 'rollout')}"),
     ]
     if trainer.eval_dataset is not None:
         steps = args.num_eval_inference_steps
@@ -338,11 +338,10 @@ def time_text(trainer, updates: int) -> str:
         )
     parts = dict(found.seconds)
     if found.evaluations:
-        several = "s" if found.evaluations > 1 else ""
-        parts[f"{found.evaluations} evaluation{several}"] = parts.pop("evaluations")
+        parts[count_text(found.evaluations, "evaluation")] = parts.pop("evaluations")
     total = sum(parts.values())
     text = f"about {format_duration(total)} on {trainer.accelerator.device.type}"
-    text += f", on {args.world_size} such at a time" if args.world_size > 1 else ""
+    text += f", {args.world_size} processes at a time" if args.world_size > 1 else ""
     text += (
         f" ({', '.join(f'{part} {format_duration(seconds)}' for part, seconds in parts.items() if seconds >= 0.5)})"
     )
