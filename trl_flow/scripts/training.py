@@ -167,9 +167,12 @@ def make_training_parser(command: str) -> FlowParser:
         epilog="The arguments of `accelerate launch` (--num_processes, --multi_gpu, ...) and --accelerate_config "
         "NAME|FILE are accepted too.",
         examples=[
-            f"trl-flow {command} --config examples/shapes/{command}.yaml --dry_run",
-            f"trl-flow {command} --config examples/shapes/{command}.yaml \\\n      --output_dir runs/first",
-            f"trl-flow {command} --config runs/first/config.yaml --output_dir runs/again",
+            f"trl-flow {command} --config {config} \\\n      {rest}"
+            for config, rest in (
+                (f"examples/shapes/{command}.yaml", "--dry_run"),
+                (f"examples/shapes/{command}.yaml", "--output_dir runs/first"),
+                ("runs/first/config.yaml", "--output_dir runs/again"),
+            )
         ],
     )
 
