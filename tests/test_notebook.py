@@ -197,14 +197,17 @@ def test_elsewhere_there_is_a_line(tmp_path):
     assert ProgressLine in kinds and NotebookProgress not in kinds
 
 
-def test_a_long_table_keeps_its_first_row_and_the_newest():
+def test_a_long_table_keeps_its_first_row_the_newest_and_evaluations():
     log = [{"step": step, "reward": step / 8, "eval_rewards/<b>/mean": None} for step in range(40)]
+    log += [{"step": step, "eval_rewards/<b>/mean": 0.5} for step in (0, 15, 16, 30)]
     log.append({"step": 39, "train_runtime": 5.0, "reward": 77.0})
     table = log_table(log)
     assert "held-out &lt;b&gt;" in table
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", table)[1:]]
-    assert len(rows) == MOST_ROWS
-    assert rows[0] == ["0", "", "0"] and rows[1] == ["⋮"] * 3 and rows[-1] == ["39", "", "4.875"]
+    assert [row[0] for row in rows] == ["0", "⋮", "15", "16", "⋮", "30", "⋮", *map(str, range(34, 40))]
+    assert rows[0] == ["0", "0.5", "0"] and rows[1] == ["⋮"] * 3 and rows[-1] == ["39", "", "4.875"]
+    everywhere = log_table([{"step": step, "eval_rewards/b/mean": 0.5} for step in range(100)])
+    assert everywhere.count("<tr>") == 1 + 1 + 1 + MOST_ROWS // 2
     assert log_table([]) == ""
 
 

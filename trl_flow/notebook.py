@@ -217,8 +217,14 @@ def log_table(log_history: list[dict]) -> str:
     if not columns:
         return ""
     steps = sorted(rows)
-    # The first one is what the others are compared with.
-    shown = steps if len(steps) <= MOST_ROWS else [steps[0], None, *steps[-MOST_ROWS + 2 :]]
+    # The first one is what the others are compared with, and evaluations may lie many updates apart.
+    evaluated = [step for step in steps if any(finite(rows[step].get(key)) for key in held_out)]
+    half = MOST_ROWS // 2
+    kept = {steps[0], *evaluated[-half:], *steps[-half:]} if len(steps) > MOST_ROWS else set(steps)
+    shown = []
+    for before, step in zip([None, *steps], steps, strict=False):
+        if step in kept:
+            shown += [step] if before is None or before in kept else [None, step]
     texts = ["".join(f"<th>{html.escape(title)}</th>" for title in ["update", *columns.values()])]
     for step in shown:
         if step is None:
