@@ -772,6 +772,22 @@ class TestRuns:
         assert cli.main([*line, "--print_config", "--dry_run"]) == 1
         assert "dry_run=True and print_config=True" in capsys.readouterr().err
 
+    def test_ctrl_c_in_the_last_push_says_how_to_push_later(self, config, capsys, monkeypatch):
+        def interrupted(trainer, *args, **kwargs):
+            raise KeyboardInterrupt
+
+        for module in ("trainer.flow_grpo_trainer", "trainer.saving", "report.live"):
+            monkeypatch.setattr(f"trl_flow.{module}.write_report", lambda *args, **kwargs: None)
+        monkeypatch.setattr(trl_flow.FlowGRPOTrainer, "push_to_hub", interrupted)
+        monkeypatch.setattr(
+            trl_flow.FlowGRPOTrainer, "init_hf_repo", lambda trainer: setattr(trainer, "hub_model_id", "user/repo")
+        )
+        line = ["--push_to_hub", "--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no"]
+        assert cli.main(["dense-grpo", "--config", config, *line, "--hub_revision", "tried"]) == 130
+        error = capsys.readouterr().err
+        assert "To push it later: trl-flow push run user/repo --revision tried\n" in error
+        assert Path("run/adapter_model.safetensors").is_file()
+
     def test_calibrate(self, config, capsys):
         arguments = ["--num_calibration_iterations", "2", "--num_samples", "8", "--output", "psi.json"]
         assert cli.main(["calibrate", "--config", config, *arguments]) == 0

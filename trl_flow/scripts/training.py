@@ -17,6 +17,7 @@
 import json
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,7 @@ def run_training(
     Raises:
         Interrupted: After Ctrl-C or SIGTERM, when the checkpoint is saved.
     """
+    from ..hub.uploading import push_command
     from ..policy import default_call_arguments
     from ..trainer.saving import CALIBRATION_FILE, check_output_dir
 
@@ -247,8 +249,15 @@ def run_training(
         print(f"Pictures with the new adapter:\n  {generate_command(trainer, script_args)}")
     try:
         if training_args.push_to_hub:
-            trainer.push_to_hub()
-            trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}")
+            commit = trainer.push_to_hub()
+            if commit is not None:
+                print(f"Pushed: {commit.commit_url}")
+    except KeyboardInterrupt:
+        args = trainer.args
+        line = push_command(args.output_dir, trainer.hub_model_id, args.hub_revision, args.hub_private_repo)
+        if trainer.is_world_process_zero():
+            print(f"Not pushed. Everything is saved in {args.output_dir}. To push it later: {line}", file=sys.stderr)
+        raise
     finally:
         # A push that fails is the run's last word, and no reason to leave trackers and processes open.
         trainer.end()
