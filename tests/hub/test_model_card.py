@@ -150,6 +150,12 @@ class TestCreateModelCard:
             assert line in code.splitlines()
         assert "video = pipe(" in code and 'image=load_image("picture.png")' in code and "image.save" not in code
 
+    def test_usage_example_in_the_precision_of_the_run(self, tmp_path):
+        assert '3.5-medium", torch_dtype=torch.bfloat16)' in make_card(tmp_path, dtype="bfloat16").text
+        text = make_card(tmp_path, complete_class="SD3Transformer2DModel", dtype="float16").text
+        assert text.count("torch_dtype=torch.float16)") == 2
+        assert "torch_dtype" not in make_card(tmp_path).text
+
     def test_usage_example_of_a_complete_denoiser(self, tmp_path):
         text = make_card(tmp_path, complete_class="SD3Transformer2DModel", diffusers_format=False).text
         code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]

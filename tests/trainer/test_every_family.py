@@ -15,6 +15,7 @@
 """Every family trains: pictures, videos and edits, by the same loop and with nothing written for any of them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -355,3 +356,12 @@ def test_the_card_of_an_adapter_that_diffusers_cannot_load(make_trainer, tmp_pat
     make_trainer(peft_config=LoraConfig(r=2, target_modules=None, use_dora=True)).train()
     card = (tmp_path / "run" / "README.md").read_text()
     assert "load_trained(pipe," in card and "pipe.load_lora_weights" not in card
+
+
+def test_card_loads_the_model_in_the_precision_of_the_run(make_trainer):
+    model = tiny_pipeline("StableDiffusion3Pipeline").to(torch.bfloat16)
+    model.register_to_config(_name_or_path="user/base")
+    trainer = make_trainer(model=model)
+    trainer.create_model_card()
+    card = Path(trainer.args.output_dir, "README.md").read_text()
+    assert 'DiffusionPipeline.from_pretrained("user/base", torch_dtype=torch.bfloat16)' in card

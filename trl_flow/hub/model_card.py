@@ -79,6 +79,7 @@ def create_model_card(
     second_component: str | None = None,
     complete_class: str | None = None,
     guider_scale: float | None = None,
+    dtype: str | None = None,
     steps: int | None = None,
     seconds: float | None = None,
     nfe: int | None = None,
@@ -154,6 +155,8 @@ def create_model_card(
             Class of the denoiser, where all of it was trained and it is in a folder of its name.
         guider_scale (`float`, *optional*):
             Guidance scale, for pipelines that take it from their guider.
+        dtype (`str`, *optional*):
+            Precision that the usage example loads the weights in, where it is not float32, e.g. `"bfloat16"`.
         steps, seconds, nfe, hardware (*optional*):
             Updates, seconds of training, velocities evaluated, and what it ran on (found by itself). Pictures of later
             updates than `steps` are those of an adapter that the run left behind.
@@ -192,6 +195,7 @@ def create_model_card(
         "diffusers_format": diffusers_format,
         "scheduler": scheduler,
         "guider_scale": guider_scale,
+        "dtype": dtype,
         "call_arguments": _literals(call_arguments or {}),
         "prompts": list(prompts),
         "tags": list(tags),
@@ -284,7 +288,7 @@ def render_model_card(output_dir: str | Path, facts: Mapping) -> str:
     base_is_hub_id = bool(HUB_ID.fullmatch(base_model))
     base_name = base_model or facts["pipeline_class_name"]
     load_expression = facts["load_expression"] or (
-        f"DiffusionPipeline.from_pretrained({json.dumps(base_model)})"
+        f"DiffusionPipeline.from_pretrained({json.dumps(base_model)}{_precision(facts['dtype'])})"
         if base_model
         else "...  # the pipeline that was trained"
     )
@@ -361,6 +365,7 @@ def render_model_card(output_dir: str | Path, facts: Mapping) -> str:
             facts["second_component"],
             facts["complete_class"],
             facts["guider_scale"],
+            facts["dtype"],
         ),
         diffusers_format=facts["diffusers_format"],
         score_rows=rows,
@@ -543,6 +548,10 @@ def _hub_card(repo_id: str) -> str:
     return response.text
 
 
+def _precision(dtype: str | None) -> str:
+    return f", torch_dtype=torch.{dtype}" if dtype else ""
+
+
 def _snippet(
     load_expression: str,
     adapter: str,
@@ -556,6 +565,7 @@ def _snippet(
     second_component: str | None,
     complete_class: str | None,
     guider_scale: float | None,
+    dtype: str | None,
 ) -> str:
     lines = ["import torch"]
     names = ["DiffusionPipeline"] if "DiffusionPipeline" in load_expression else []
@@ -578,7 +588,9 @@ def _snippet(
         if part is None:
             continue
         if complete_class is not None:
-            lines.append(f'pipe.{part} = {complete_class}.from_pretrained({place}, subfolder="{part}")')
+            lines.append(
+                f'pipe.{part} = {complete_class}.from_pretrained({place}, subfolder="{part}"{_precision(dtype)})'
+            )
         elif diffusers_format:
             lines.append(
                 f'pipe.load_lora_weights({place}, subfolder="{part}", load_into_{part}=True)'

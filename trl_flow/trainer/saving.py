@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -446,6 +447,9 @@ class SavingMixin:
             self.policy.guidance_scale if self.args.eval_guidance_scale is None else self.args.eval_guidance_scale
         )
         source = "image" if self.policy.family.image == "required" else "text"
+        # Of the frozen weights: an adapter's are float32. Some models keep a few of their layers in it, too.
+        frozen = Counter(p.dtype for p in self.policy.parameters() if p.is_floating_point() and not p.requires_grad)
+        dtype = max(frozen, key=frozen.get, default=torch.float32)
         # "Before" is the base model: without an evaluation at step 0 there is none.
         first = [("before", evaluations[0])] if evaluations and evaluations[0]["step"] == 0 else []
         create_model_card(
@@ -492,6 +496,7 @@ class SavingMixin:
                 type(self.policy.denoisers[self.policy.components[0]]).__name__ if self.args.full_finetuning else None
             ),
             guider_scale=guidance if self.policy.family.guidance == "guider" else None,
+            dtype=str(dtype).removeprefix("torch.") if dtype != torch.float32 else None,
             pipeline_tag=f"{source}-to-{'image' if self.policy.num_frames is None else 'video'}",
             scheduler=self.policy.sampler,
             # Nothing is saved yet when a run's first card is written.
