@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 
 METHODS := awm b2-diffu-rl coca dance-grpo dense-grpo diffusion-nft flow-grpo flow-grpo-fast g2rpo mix-grpo temp-flow-grpo turning-point-grpo
-METHOD ?= dense-grpo
+METHOD ?= g2rpo
 OUTPUT_DIR ?= runs/$(METHOD)-$(shell date +%Y%m%d-%H%M%S)
 
 # The first of these that runs, so that a shim without an interpreter behind it is passed over.
@@ -27,7 +27,7 @@ PYTEST_ARGS ?= -n 2
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  METHOD is one of: $(METHODS). For example: make demo METHOD=g2rpo"
+	@echo "  METHOD is one of: $(METHODS). For example: make demo METHOD=dense-grpo"
 
 install: $(INSTALLED)  ## create .venv with the tested set of packages
 
@@ -40,7 +40,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## train METHOD on the embedded shapes world, minutes on a laptop (default: dense-grpo)
+demo: $(INSTALLED)  ## train METHOD on the embedded shapes world, minutes on a laptop (default: g2rpo)
 	@case " $(METHODS) " in *" $(METHOD) "*) ;; *) echo "error: METHOD=$(METHOD) is unknown. Choose one of: $(METHODS)" >&2; exit 2;; esac
 	$(BIN)/trl-flow $(METHOD) --config examples/shapes/$(METHOD).yaml --output_dir $(OUTPUT_DIR)
 

@@ -367,6 +367,8 @@ def main(args: GenerateArguments):
 
     from diffusers.utils import load_image
 
+    from ..report.plan import count_text
+
     quieten(progress_bars=model != "shapes")
     pipeline = load_model(args, model, config, trusted=args.adapter is None or Path(args.adapter).is_dir())
     sampling = sampling_arguments(pipeline, args, config)
@@ -386,7 +388,7 @@ def main(args: GenerateArguments):
     make_grid(prompts, pictures, base_pictures).save(output)
     shown = sampling if args.image is None else {**sampling, "image": args.image}
     settings = ", ".join(f"{name}={value}" for name, value in shown.items()) or "the pipeline's own settings"
-    print(f"{len(prompts) * count} pictures with {settings}, seed={args.seed}: {output}")
+    print(f"{count_text(len(prompts) * count, 'picture')} with {settings}, seed={args.seed}: {output}")
 
 
 def _sample_as_in_training(pipeline):
