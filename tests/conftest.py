@@ -43,3 +43,11 @@ def seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    # Each encodes pictures with a language model: seconds a test, and of one architecture with QwenImageEditPlusPipeline.
+    for item in items:
+        if "QwenImageEditPipeline" in item.name or "QwenImageEditPlusPipeline/2511" in item.name:
+            item.add_marker(pytest.mark.slow)

@@ -41,6 +41,7 @@ def run(environment, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_broken_torchvision_is_named(environment):
     result = run(environment, "-c", "from trl_flow import FlowGRPOTrainer")
     assert result.returncode == 1

@@ -304,6 +304,7 @@ class TestResults:
             assert code == 1 and cause in printed and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 class TestRestart:
     def test_after_an_error_at_any_picture_or_score(self, evaluate, tmp_path, monkeypatch):
         _, _, _ = evaluate(tmp_path / "whole")

@@ -108,6 +108,7 @@ def test_vae_keeps_pictures_and_its_latents_are_standardised(pipeline):
     assert abs(latents.std().item() - 1) < 0.05
 
 
+@pytest.mark.slow
 def test_make_shapes_writes_a_pipeline_that_loads(tmp_path, capsys):
     main(
         MakeShapesArguments(

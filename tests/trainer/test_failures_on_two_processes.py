@@ -76,6 +76,7 @@ json.dump(outcomes, open(f"{sys.argv[1]}/{rank}.json", "w"))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_reward_that_fails_on_one_process(tmp_path):
     script = tmp_path / "train.py"

@@ -61,6 +61,8 @@ SETTINGS = {
     "disable_tqdm": True,
 }
 
+pytestmark = pytest.mark.slow  # four processes in turn
+
 
 def rows(number: int) -> str:
     prompts = ["a red circle", "a blue square", "two green triangles", "a circle", "a square", "a white triangle"]
