@@ -11,11 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Finds a torchvision that does not fit the installed torch, which makes transformers and diffusers fail in misleading ways."""
+"""Finds what the surroundings of a run have wrong and nobody says: a torchvision for another torch, a process too few."""
 
 import importlib
 import importlib.metadata
 import importlib.util
+import os
+from pathlib import Path
+
+
+# Set for the processes that a command launches: how many were asked for, or nothing if that was left to accelerate.
+LAUNCHED = "TRL_FLOW_LAUNCHED"
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # those that accelerate reads
 
 
 def check_torchvision():
@@ -43,3 +50,69 @@ def check_torchvision():
             "torchvision`. If something else does, install the torchvision of the same release and build as torch, from the "
             "same package index."
         ) from error
+
+
+def processes_asked_for(launch_args) -> int | None:
+    """
+    How many processes `accelerate launch` was asked for, on all machines; `None` if that was left to it.
+
+    Args:
+        launch_args (`argparse.Namespace`): What accelerate's own parser made of the arguments.
+    """
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    if launch_args.num_processes is not None:
+        return launch_args.num_processes
+    # As in accelerate: with --cpu, the user's default file is not read.
+    if launch_args.config_file is None and (launch_args.cpu or not os.path.isfile(default_config_file)):
+        return None
+    return getattr(load_config_from_file(launch_args.config_file), "num_processes", None)
+
+
+def check_processes():
+    """
+    Compares the number of processes with the number that was asked for. Where `accelerate launch` sees no reason to start
+    several (`--cpu`, or no `--multi_gpu` on a machine with fewer than two GPUs), it starts one and says nothing, and the
+    run has fewer prompts in each update than its settings were made for.
+
+    Raises:
+        ValueError: If the numbers differ, with what to do.
+    """
+    if LAUNCHED in os.environ:
+        asked = int(os.environ[LAUNCHED] or 0)
+    elif "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by each of accelerate's launchers
+        asked = _asked_of_parent()
+    else:
+        return
+    running = int(next((os.environ[name] for name in WORLD_SIZES if os.environ.get(name)), 1))
+    if asked and asked != running:
+        raise ValueError(
+            f"num_processes={asked}: expected as many processes, and accelerate started {running}. It starts several only "
+            "with --multi_gpu, FSDP or DeepSpeed, or on a machine with several GPUs, as many on each machine, and never "
+            f"with --cpu. For {asked} processes: `--multi_gpu --num_processes {asked}` without --cpu, on CPUs beside the "
+            f"setting `use_cpu: true`. For {running}: `--num_processes {running}`."
+        )
+
+
+def _asked_of_parent() -> int | None:
+    """The number in the command line of the process that started this one, if that is `accelerate launch`."""
+    import psutil
+
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):  # it is another user's, or gone
+        return None
+    names = [Path(word).name.removesuffix(".exe").removesuffix(".py") for word in words]
+    for position, name in enumerate(names[:4]):
+        if name in ("accelerate-launch", "accelerate.commands.launch"):
+            words = words[position + 1 :]
+            break
+        if name in ("accelerate", "accelerate_cli", "accelerate.commands.accelerate_cli"):
+            if names[position + 1 : position + 2] == ["launch"]:
+                words = words[position + 2 :]
+                break
+    else:
+        return None
+    from accelerate.commands.launch import launch_command_parser
+
+    return processes_asked_for(launch_command_parser().parse_args(words))

@@ -19,9 +19,9 @@ import signal
 from contextlib import contextmanager
 from typing import Any
 
+from ..environment import LAUNCHED, check_processes, processes_asked_for
 
-# Set for the processes that we start: they must train, not launch again because of what the YAML file says.
-LAUNCHED = "TRL_FLOW_LAUNCHED"
+
 # Interrupted processes finish their update and save it. torch's launcher kills them after half a minute, which is short.
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 SECONDS_TO_SAVE = 3600
@@ -64,8 +64,10 @@ def needs_launch(launch_args: list[str]) -> bool:
     Whether training must go through `accelerate launch`.
 
     It must if arguments or the user's default configuration file ask for it, or if this machine has several GPUs; a
-    single process starts faster in place. A process that a launcher has started never launches again.
+    single process starts faster in place. A process that a launcher has started never launches again, whatever the YAML
+    file says, and must be one of as many as were asked for.
     """
+    check_processes()
     if LAUNCHED in os.environ or "LOCAL_RANK" in os.environ:
         return False
     if launch_args:
@@ -91,11 +93,12 @@ def launch(command: str, args: list[str], launch_args: list[str]) -> int:
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     launch_args = resolve_accelerate_config_argument(_split_accelerate_config(launch_args))
-    os.environ[LAUNCHED] = "1"
+    namespace = _launch_parser().parse_args([*launch_args, "--module", "trl_flow.cli", command, *args])
+    os.environ[LAUNCHED] = str(processes_asked_for(namespace) or "")
     os.environ.setdefault(SHUTDOWN_TIMEOUT, str(SECONDS_TO_SAVE))
     try:
         with _signals_passed_on():
-            launch_command(_launch_parser().parse_args([*launch_args, "--module", "trl_flow.cli", command, *args]))
+            launch_command(namespace)
     # The processes have said why on their own.
     except CalledProcessError as failure:
         return _exit_code(failure.returncode)

@@ -38,6 +38,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..credit import outcome
+from ..environment import check_processes
 from ..hub import read_adapter
 from ..notebook import NotebookProgress, in_notebook
 from ..objective import (
@@ -165,6 +166,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         }
         # A copy: what is filled in below is not the caller's business.
         self.args = args = copy.copy(self._config_class.from_config(args))
+        check_processes()
 
         # Rewards
         self.reward_names, self.reward_funcs = load_rewards(reward_funcs, (), args.trust_remote_code)
