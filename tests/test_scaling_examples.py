@@ -278,3 +278,21 @@ class TestFewerProcessesThanAskedFor:
         assert (result.returncode == 0) is fine, result.stderr
         assert result.stdout.count("trains") == (2 if fine else 0)
         assert ("num_processes=2: expected as many processes, and accelerate started 1" in result.stderr) is not fine
+
+
+def test_cost_on_paper():
+    """DenseGRPO on SD3.5 Medium, counted by hand: 24 chains of 10 steps with full tails, 9 of them trained, beta above 0."""
+    words = ["dense-grpo", "--config", "examples/sd3.5-medium/dense-grpo.yaml", "--prompts", "48"]
+    words += ["--forward", "1", "--train", "3", "--decode", "0.5", "--score", "0.25"]
+    command = [sys.executable, "benchmarks/cost.py", *words]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    group = (24 * 55 + 24 * 9) * 1 + 24 * 9 * 3 + 24 * 10 * (0.5 + 0.25)
+    assert "A group: 1,536 evaluations, 216 trained rows, 240 pictures." in result.stdout
+    lines = {int(line.split(" | ")[0][2:].replace(",", "")): line for line in result.stdout.splitlines()[4:]}
+    assert list(lines) == [2**power for power in range(11)]
+    hours, gpu_hours = 4500 * 6 * group / 3600, 4500 * 48 * group / 3600
+    update, gpu_hours_of_update = f"{6 * group:,.1f}", f"{48 * group / 3600:,.2f}"
+    assert lines[8] == f"| 8 | 48 | 6 | {update} | {gpu_hours_of_update} | {hours:,.1f} | {gpu_hours:,.1f} |"
+    assert lines[32].startswith("| 32 | 48 | 2 |")  # 16 of them have two groups, and the others wait
+    assert lines[1024].startswith(f"| 1,024 | 1,024 | 1 | {group:,.1f} |")
