@@ -25,9 +25,8 @@ slowest process, and steps that move in the course of a run.
 
 import argparse
 
-import torch
-
 import trl_flow
+from trl_flow.scripts.dry_run import trainer_of_settings
 from trl_flow.scripts.estimate import rows_per_step
 from trl_flow.scripts.methods import METHODS
 from trl_flow.scripts.training import make_training_parser
@@ -37,13 +36,7 @@ def counts(method: str, config: str) -> dict[str, float]:
     """Of one prompt group: evaluations, pictures, trained rows, and updates that its rollout feeds."""
     words = ["--config", config, "--output_dir", "unused", "--use_cpu", "true", "--bf16", "false"]
     args = make_training_parser(method).parse_args_and_config(words)[1]
-    trainer = object.__new__(
-        getattr(trl_flow, METHODS[method].trainer)
-    )  # as in trl_flow.scripts.dry_run.plan_of_settings
-    trainer._given_args = trainer.args = args
-    trainer.sde_steps = trainer.default_sde_steps() if args.sde_steps is None else sorted(args.sde_steps)
-    trainer.check_args()
-    trainer.sigmas, trainer._step = torch.linspace(1, 0, args.num_inference_steps + 1), 0
+    trainer = trainer_of_settings(getattr(trl_flow, METHODS[method].trainer), args)
     plan = trainer.rollout_plan(trainer.rollout_steps())
     rows, updates = sum(rows_per_step(trainer, plan)), trainer._micro_steps / args.gradient_accumulation_steps
     passes = args.num_iterations

@@ -286,7 +286,7 @@ def count(name: str) -> tuple[dict[str, dict[str, int]], float]:
         CountCopies(counts),
         mock.patch("trl_flow.trainer.rollouts.execute", sweep),
         # The report takes longer than the run, and counts nothing.
-        mock.patch("trl_flow.trainer.flow_grpo_trainer.write_report"),
+        mock.patch("trl_flow.report.live.write_report"),
     ):
         pipeline = load_pipeline("shapes")
         count_pipeline(pipeline, counts)

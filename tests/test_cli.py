@@ -722,8 +722,7 @@ class TestRuns:
 
     def test_run_config_repeats_a_run_from_elsewhere(self, config, tmp_path, monkeypatch):
         """Settings of the file, the environment and the command line; paths, lists, a noise table, rewards with settings."""
-        for module in ("trainer.flow_grpo_trainer", "trainer.saving", "report.live"):
-            monkeypatch.setattr(f"trl_flow.{module}.write_report", lambda *args, **kwargs: None)
+        monkeypatch.setattr("trl_flow.report.live.write_report", lambda *args, **kwargs: None)
         quick = ["--num_calibration_iterations", "1", "--num_samples", "8", "--output", "psi.json"]
         assert cli.main(["calibrate", "--config", config, *quick]) == 0
         settings = yaml.safe_load(Path(config).read_text())
@@ -776,8 +775,7 @@ class TestRuns:
         def interrupted(trainer, *args, **kwargs):
             raise KeyboardInterrupt
 
-        for module in ("trainer.flow_grpo_trainer", "trainer.saving", "report.live"):
-            monkeypatch.setattr(f"trl_flow.{module}.write_report", lambda *args, **kwargs: None)
+        monkeypatch.setattr("trl_flow.report.live.write_report", lambda *args, **kwargs: None)
         monkeypatch.setattr(trl_flow.FlowGRPOTrainer, "push_to_hub", interrupted)
         monkeypatch.setattr(
             trl_flow.FlowGRPOTrainer, "init_hf_repo", lambda trainer: setattr(trainer, "hub_model_id", "user/repo")

@@ -67,7 +67,7 @@ def frozen_heap():
 def quick(monkeypatch):
     """The report has tests of its own, and how exactly a part is timed is of no interest here."""
     monkeypatch.setattr(estimating, "SECONDS_OF_A_PART", 0.0)
-    monkeypatch.setattr("trl_flow.trainer.flow_grpo_trainer.write_report", lambda output_dir: None)
+    monkeypatch.setattr("trl_flow.report.live.write_report", lambda *args, **kwargs: None)
 
 
 class FromTheFirstStep(TrainerCallback):

@@ -28,7 +28,7 @@ from torch import nn
 def full_size(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     module = importlib.import_module("full_size")
-    monkeypatch.setattr("trl_flow.trainer.flow_grpo_trainer.write_report", lambda output_dir: None)
+    monkeypatch.setattr("trl_flow.report.live.write_report", lambda *args, **kwargs: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return module
 

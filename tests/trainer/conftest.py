@@ -57,7 +57,6 @@ def frozen_heap():
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """The report has tests of its own."""
-    monkeypatch.setattr("trl_flow.trainer.flow_grpo_trainer.write_report", lambda output_dir: None)
     monkeypatch.setattr("trl_flow.report.live.write_report", lambda *args, **kwargs: None)
 
 

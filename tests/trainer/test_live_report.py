@@ -24,8 +24,8 @@ def test_the_report_is_there_after_the_first_evaluation_and_renewed(make_trainer
     written = []
 
     def write_report(run_dir, log_history, max_steps, is_running):
-        assert is_running and max_steps == 3
-        written.append((run_dir, log_history[-1]["step"], "eval_reward" in log_history[-1]))
+        assert max_steps == 3
+        written.append((run_dir, log_history[-1]["step"], "eval_reward" in log_history[-1], is_running))
 
     monkeypatch.setattr("trl_flow.report.live.write_report", write_report)
     trainer = make_trainer(
@@ -33,8 +33,19 @@ def test_the_report_is_there_after_the_first_evaluation_and_renewed(make_trainer
     )
     trainer.train()
     run = trainer.args.output_dir
-    # Before training, at both evaluations, and at the save that follows the second.
-    assert written == [(run, 0, True), (run, 2, True), (run, 3, True), (run, 3, True)]
+    # Before training, at both evaluations, at the save that follows the second, and at the end.
+    assert written[:-1] == [(run, 0, True, True), (run, 2, True, True), (run, 3, True, True), (run, 3, True, True)]
+    assert written[-1] == (run, 3, False, False)
+
+
+def test_a_last_report_that_cannot_be_written_does_not_cost_the_weights(make_trainer, monkeypatch):
+    def write_report(*args, **kwargs):
+        raise OSError("no font")
+
+    monkeypatch.setattr("trl_flow.report.live.write_report", write_report)
+    trainer = make_trainer(max_steps=1, save_strategy="no")
+    trainer.train()
+    assert Path(trainer.args.output_dir, "adapter_model.safetensors").is_file()
 
 
 def test_a_grid_that_cannot_be_drawn_does_not_cost_the_run(make_trainer, monkeypatch):

@@ -55,7 +55,7 @@ class LiveReport(TrainerCallback):
         began = time.monotonic()
         if not state.is_world_process_zero or not state.log_history or began < self._due_at:
             return
-        _write_report(args, state, is_running=True)
+        try_report(args, state, is_running=True)
         now = time.monotonic()
         self._due_at = now + (now - began) / LARGEST_SHARE
 
@@ -63,10 +63,11 @@ class LiveReport(TrainerCallback):
 def report_stop(args, state):
     """Writes the report of a run that has stopped before its end, so that its page doesn't say that it goes on."""
     if state.is_world_process_zero and state.log_history and Path(args.output_dir, "report.html").is_file():
-        _write_report(args, state, is_running=False)
+        try_report(args, state, is_running=False)
 
 
-def _write_report(args, state, is_running: bool):
+def try_report(args, state, is_running: bool):
+    """Writes the report of the log so far. One that cannot be written costs a warning, and not the run or its weights."""
     try:
         write_report(args.output_dir, state.log_history, max_steps=state.max_steps, is_running=is_running)
     except Exception as error:

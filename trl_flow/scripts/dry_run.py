@@ -71,8 +71,8 @@ def dry_run(trainer_class: type, script_args: TrainingScriptArguments, training_
         trainer.end()
 
 
-def plan_of_settings(trainer_class: type, training_args: Any) -> PlanPicture:
-    """The tree that the settings alone make: the grid is the pipeline's, of which only the number of steps is known."""
+def trainer_of_settings(trainer_class: type, training_args: Any):
+    """A trainer without a model, for its trees: the grid is the pipeline's, of which only the number of steps is known."""
     trainer = object.__new__(trainer_class)
     trainer._given_args = trainer.args = training_args
     given = training_args.sde_steps
@@ -80,6 +80,12 @@ def plan_of_settings(trainer_class: type, training_args: Any) -> PlanPicture:
     trainer.check_args()
     trainer.sigmas = torch.linspace(1, 0, training_args.num_inference_steps + 1)
     trainer._step = 0
+    return trainer
+
+
+def plan_of_settings(trainer_class: type, training_args: Any) -> PlanPicture:
+    """The tree that the settings alone make."""
+    trainer = trainer_of_settings(trainer_class, training_args)
     return PlanPicture(trainer.rollout_plan(trainer.rollout_steps()))
 
 

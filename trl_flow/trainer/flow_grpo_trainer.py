@@ -50,8 +50,8 @@ from ..objective import (
 )
 from ..policy import FlowPolicy, default_call_arguments, encode_prompts, load_pipeline
 from ..policy.doctor import Diagnosis, Untrainable, examine_policy
-from ..report import ProgressLine, write_report
-from ..report.live import LiveReport, report_stop
+from ..report import ProgressLine
+from ..report.live import LiveReport, report_stop, try_report
 from ..report.plan import PlanPicture
 from ..report.tracking import TrackerPictures
 from ..rewards import RewardThreads
@@ -618,7 +618,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             self._reward_threads.close()
         self.save_state()
         if self.is_world_process_zero() and any("train_runtime" not in entry for entry in self.state.log_history):
-            write_report(self.args.output_dir)
+            try_report(self.args, self.state, is_running=False)
         self.save_model(_internal_call=True)  # saved, and pushed only when the user says so
         return result
 

@@ -47,8 +47,8 @@ from ..hub.uploading import (
     stage,
 )
 from ..prompts import PROMPT_SETS, prompts_name
-from ..report import write_report
 from ..report.history import without_paths
+from ..report.live import try_report
 from .run_config import python_call, python_config, write_config
 
 
@@ -309,7 +309,7 @@ class SavingMixin:
         if self.is_world_process_zero():
             self.state.save_to_json(os.path.join(self.args.output_dir, "trainer_state.json"))
             if any("train_runtime" not in entry for entry in self.state.log_history):
-                write_report(self.args.output_dir, self.state.log_history)
+                try_report(self.args, self.state, is_running=True)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return
