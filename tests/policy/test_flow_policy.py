@@ -383,3 +383,27 @@ def test_conditioning_of_another_guidance_is_refused():
     conditioning = policy.conditioning(PROMPTS[:1])
     with policy.guided(4.5), pytest.raises(ValueError, match="made with another guidance_scale"):
         policy(torch.zeros(1, 4, 4, 4), 0.5, conditioning)
+
+
+def test_where_to_compute_is_looked_up_once_for_each_place(monkeypatch):
+    """diffusers goes through all modules of all components for it, in every call."""
+    pipeline = tiny_sd3()
+    walks = []
+    found = type(pipeline)._execution_device.fget
+
+    def walk(self):
+        walks.append(self)
+        return found(self)
+
+    monkeypatch.setattr(type(pipeline), "_execution_device", property(walk))
+    policy = FlowPolicy(pipeline)
+    latents = torch.randn(2, *policy.latent_shape)
+    before = len(walks)
+    for sigma in (0.9, 0.5):
+        with torch.no_grad():
+            policy(latents, sigma, policy.conditioning(["a", "b"]))
+    assert len(walks) - before <= 1
+    # The pipeline that was passed in looks as before, and so does the policy after a move.
+    assert pipeline._execution_device.type == "cpu" and type(pipeline) is type(tiny_sd3())
+    pipeline.to("meta")
+    assert policy._query._execution_device.type == "meta"

@@ -95,6 +95,7 @@ def make_condition(
     return Condition(prompt, image, answers, latent_shape, latent_dtype, layout, signature, batched, guidance_scale)
 
 
+@functools.cache
 def encoding_methods(pipeline_class: type[DiffusionPipeline]) -> list[str]:
     """Names of a pipeline's methods whose outputs depend on its inputs and frozen weights, not on the denoiser's."""
     return [

@@ -88,3 +88,20 @@ def compute_beside(pipeline: DiffusionPipeline, component: str):
     device = property(lambda self: next(getattr(self, component).parameters()).device)
     kind = type(pipeline)
     pipeline.__class__ = type(kind.__name__, (kind,), {"device": device, "_execution_device": device})
+
+
+def remember_device(pipeline: DiffusionPipeline, component: str):
+    """
+    Makes a pipeline look only once where it computes, for each device that one of its components is on. By itself it goes through
+    all modules of all components in every call, which takes milliseconds.
+    """
+    kind, known = type(pipeline), {}
+
+    def execution_device(self):
+        model = getattr(self, component)
+        place = next(model.parameters()).device, hasattr(model, "_hf_hook"), hasattr(model, "_diffusers_hook")
+        if place not in known:
+            known[place] = kind._execution_device.fget(self)
+        return known[place]
+
+    pipeline.__class__ = type(kind.__name__, (kind,), {"_execution_device": property(execution_device)})

@@ -33,7 +33,7 @@ from .arguments import resolve_arguments
 from .conditioning import LATENTS, Answers, Condition, find_layout, image_key, make_condition, recording
 from .diffusion import DDIMIdleScheduler, DDIMQueryScheduler, check_scheduler
 from .embeddings import StoredConditions, model_fingerprint, settings_fingerprint
-from .encoders import Encoders, compute_beside
+from .encoders import Encoders, compute_beside, remember_device
 from .families import find_family
 from .schedulers import check_flow_scheduler, idle_scheduler, is_flow, query_scheduler
 
@@ -207,6 +207,7 @@ class FlowPolicy(nn.Module):
         # training only: the pipeline that was passed in, and whatever loads the adapter, keeps its own.
         if "requires_safety_checker" in self.pipeline.config:
             copied.safety_checker = None
+        remember_device(copied, self.components[0])
         return copied
 
     def _set_guidance(self, guidance_scale: float):
