@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import math
 from collections import OrderedDict, defaultdict
 from contextlib import ExitStack, contextmanager
 
@@ -159,6 +160,7 @@ class FlowPolicy(nn.Module):
         else:
             peft_config = dict.fromkeys(self.components, peft_config)
         self.denoisers = nn.ModuleDict({name: self._trainable(name, peft_config[name]) for name in self.components})
+        self.gradient_scale = 1.0
         for module in self.denoisers.modules():
             if hasattr(module, "moe_infer"):
                 # HiDream's experts compute the same in both modes, but in eval mode without a gradient.
@@ -183,6 +185,19 @@ class FlowPolicy(nn.Module):
             # A picture that the signature calls optional and the pipeline cannot do without.
             self.family = dataclasses.replace(family, image="required")
             self.latent_shape = self.blank().latent_shape
+        if not full_finetuning and any(getattr(pipeline, name).dtype == torch.float16 for name in self.components):
+            self._scale_gradients()
+
+    def _scale_gradients(self):
+        """
+        Multiplies gradients on their way through float16 weights, and divides those of the adapter by the same. A loss is
+        a mean over the latent's elements: of each, the gradient is below the smallest number of float16. A power of two,
+        which rounds nothing.
+        """
+        self.gradient_scale = scale = 2.0 ** (10 + round(math.log2(math.prod(self.latent_shape))))
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient: gradient / scale)
 
     def _trainable(self, component: str, peft_config: PeftConfig | None) -> nn.Module:
         """The denoiser of one component with what is trained of it, in eval mode."""
@@ -267,7 +282,10 @@ class FlowPolicy(nn.Module):
                 f"{'nothing' if velocity is None else f'latents of shape {tuple(velocity.shape)}'} where it was given "
                 f"latents of shape {tuple(latents.shape)}: only part of them is the model's to choose."
             )
-        return velocity.float()
+        velocity = velocity.float()
+        if self.gradient_scale != 1 and velocity.requires_grad:
+            velocity.register_hook(lambda gradient: gradient * self.gradient_scale)
+        return velocity
 
     def _batches(self, conditioning: list[Condition]) -> list[list[int]]:
         """Rows that can share a call of the pipeline."""

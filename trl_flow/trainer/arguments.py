@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset, Image, IterableDataset
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -101,6 +102,15 @@ def check_precision(pipeline: DiffusionPipeline, args):
         raise ValueError(
             f"full_finetuning=True keeps the denoiser in float32, and the pipeline holds {sorted(map(str, dtypes))}. Set "
             "bf16=True (or fp16=True), or load the pipeline in float32."
+        )
+
+
+def check_gradient_scale(gradient_scale: float, distributed_type: DistributedType):
+    """Refuses float16 weights where what brings an adapter's gradients back to their size is lost."""
+    if gradient_scale != 1 and distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"dtype='float16' with {distributed_type.value}: gradients pass float16 weights scaled by {gradient_scale:g}, and "
+            "parameters that are cut to pieces know no way back. Load the pipeline in bfloat16, or use multi_gpu (DDP)."
         )
 
 

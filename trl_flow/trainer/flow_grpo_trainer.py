@@ -57,6 +57,7 @@ from ..report.tracking import TrackerPictures
 from ..rewards import RewardThreads
 from ..rollout import Plan, Rollout, chain_plan, coefficients, log_prob, transition
 from .arguments import (
+    check_gradient_scale,
     check_images,
     check_precision,
     check_reward_columns,
@@ -319,6 +320,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
                 f"{self.args.n_gpu} GPUs are visible to one process. Start one process per GPU, with `accelerate launch` "
                 "or --accelerate_config multi_gpu, or show it one GPU with CUDA_VISIBLE_DEVICES."
             )
+        check_gradient_scale(self.policy.gradient_scale, self.accelerator.distributed_type)
         self.model_accepts_loss_kwargs = False
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another one in a notebook
         self.remove_callback(PrinterCallback)

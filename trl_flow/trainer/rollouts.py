@@ -209,8 +209,27 @@ class RolloutMixin:
         return spoiled
 
     def decode(self, latents: torch.Tensor, conditioning: list) -> list:
-        """PIL pictures of clean latents `(n, *latent)`; of videos, lists of their frames."""
+        """
+        PIL pictures of clean latents `(n, *latent)`; of videos, lists of their frames.
+
+        Raises:
+            ValueError: If there are values that are no numbers: a reward would score them as it pleases.
+        """
         decoded = self.policy.decode(latents, self.args.rollout_batch_size, conditioning)
+        if not decoded.isfinite().all():
+            dtype = conditioning[0].latent_dtype
+            what = (
+                "The VAE decodes finite latents to pictures" if latents.isfinite().all() else "The denoiser's latents"
+            )
+            raise ValueError(
+                f"{what} that hold NaN or infinity, at step {self.state.global_step}, with the pipeline in {dtype}. "
+                + (
+                    "float16 ends at 65504: load it with dtype bfloat16 or float32."
+                    if dtype == torch.float16
+                    else f"Weights that have grown too large do that: go on from an earlier checkpoint with a learning_rate "
+                    f"below {self.args.learning_rate}."
+                )
+            )
         return [_to_pil(video) for video in decoded] if decoded.ndim == 5 else _to_pil(decoded)
 
     def check_reward_functions(self):

@@ -16,6 +16,7 @@
 """Updates: the gradient of one micro-batch of transitions, chunk by chunk."""
 
 import itertools
+import math
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -136,6 +137,13 @@ class UpdateMixin:
             else:
                 metrics[name].append(values.mean().item())
         total = sum(norm.item() for norm in norms.values())
+        # A scaler of mixed precision provokes infinity, and leaves out the update.
+        if not math.isfinite(total) and self.accelerator.scaler is None:
+            raise ValueError(
+                f"The gradient holds NaN or infinity at step {self.state.global_step}: an update would spoil all of the "
+                f"weights. float16 (dtype, fp16) overflows where bfloat16 does not; else lower learning_rate="
+                f"{self.args.learning_rate}, and go on from the last checkpoint (resume_from_checkpoint=True)."
+            )
         for step in steps:
             share = norms[step].item() / total if step in norms and total > 0 else 0.0
             metrics[f"grad_share/step_{step}"].append(share)
