@@ -504,3 +504,34 @@ def test_where_they_came_from(clip, head, hps, tmp_path, monkeypatch):
     reward = HPSv2Reward(**hps)
     reward.prepare("cpu")
     assert reward.source == {"weights": hps["model"]}
+
+
+MODEL_REWARDS = ("aesthetic", "clip", "geneval", "hpsv2", "image_reward", "pickscore")
+
+
+@pytest.mark.parametrize("name", MODEL_REWARDS)
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(name):
+    with pytest.raises(ValueError, match=r"device='cuda:99': this process sees no such device. Expected one of cpu"):
+        load_reward({name: {"device": "cuda:99"}})
+    with pytest.raises(ValueError, match="device='cuda7' is no device: expected 'cpu', 'cuda', or one GPU"):
+        load_reward({name: {"device": "cuda7"}})
+
+
+def test_it_is_concurrent_on_another_device_than_the_trainers(clip, monkeypatch):
+    said = []
+    monkeypatch.setattr(models.logger, "warning", said.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    here = CLIPReward(clip)
+    here.prepare(torch.device("cpu"))
+    same = CLIPReward(clip, device="cpu")
+    same.prepare(torch.device("cpu"))
+    alone = CLIPReward(clip, device="cpu")
+    alone.prepare()
+    assert not (here.concurrent or same.concurrent or alone.concurrent or said)
+    elsewhere = CLIPReward(clip, device="cpu")
+    elsewhere.prepare(torch.device("meta"))  # there is no other device that every machine has
+    assert elsewhere.concurrent and elsewhere._shared.device.type == "cpu"
+    assert len(said) == 1 and said[0].startswith(
+        f"Each of 4 processes loads a copy of {clip} onto cpu. `trl-flow rewa"
+    )
+    assert elsewhere(PROMPTS, IMAGES) == here(PROMPTS, IMAGES)

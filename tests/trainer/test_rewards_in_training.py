@@ -27,10 +27,11 @@ import torch
 from datasets import DatasetDict, IterableDataset, concatenate_datasets
 from huggingface_hub import ModelCard
 from pipelines import brightness, prompts, redness
-from transformers import TrainerCallback
+from transformers import CLIPImageProcessorPil, TrainerCallback
 
 from trl_flow import DenseGRPOConfig, DenseGRPOTrainer, G2RPOConfig, G2RPOTrainer
 from trl_flow.rewards import Reward
+from trl_flow.rewards.models import ModelReward, SharedModel
 
 
 def logged(trainer, key):
@@ -113,6 +114,102 @@ def test_the_next_prompts_are_sampled_while_rewards_run(make_trainer):
     trainer.train()
     assert decoded == [3, 3, 3, 3]
     assert logged(trainer, "rewards/Concurrent/failed") == [0.0]
+
+
+def test_sampling_does_not_run_away_from_a_slow_reward(make_trainer):
+    """However slow a reward is, pictures of five sweeps at most wait for it, or are scored by it."""
+    begun, scored, waited_at, awaited = [], [], [], threading.Event()
+
+    def slow(images):
+        assert not begun or awaited.wait(60)  # a score is only had by those who wait for it
+        scored.append(len(images))
+        return brightness(images)
+
+    trainer = make_trainer(
+        reward_funcs=Concurrent(slow),
+        train_dataset=prompts(8),
+        per_device_train_batch_size=8,
+        rollout_batch_size=3,
+        max_steps=1,
+    )
+    start = trainer.start_rewards
+
+    def counted(*args):
+        begun.append(True)
+        wait = start(*args)
+
+        def counted_wait():
+            waited_at.append(len(begun))
+            awaited.set()
+            return wait()
+
+        return counted_wait
+
+    trainer.start_rewards = counted
+    trainer.train()
+    assert scored == [2] + [3] * 8
+    assert waited_at == [5, 6, 7, 8, 8, 8, 8, 8]
+
+
+class Elsewhere(ModelReward):
+    """A model on the CPU, of which the trainer is told that this is another device than its own."""
+
+    def __init__(self, trainers_device):
+        super().__init__("mean", device="cpu")
+        self.trainers_device, self.called_in = torch.device(trainers_device), []
+        self.image_processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
+        self.wait_for = None
+
+    def load(self, device):
+        return SharedModel(torch.nn.Flatten(), device)
+
+    def prepare(self, device):
+        super().prepare(self.trainers_device)
+
+    def score(self, model, pixel_values, prompts):
+        self.called_in.append(threading.current_thread() is threading.main_thread())
+        if self.wait_for is not None:
+            assert self.wait_for.wait(60)
+        assert not torch.is_grad_enabled()
+        return model(pixel_values).mean(1)
+
+
+@pytest.mark.parametrize("trainers_device", ["meta", "cpu"])
+def test_a_model_on_a_device_of_its_own_scores_while_the_next_prompts_are_sampled(trainers_device, make_trainer):
+    reward = Elsewhere(trainers_device)
+    elsewhere = trainers_device != "cpu"
+    trainer = make_trainer(reward_funcs=reward, per_device_train_batch_size=4, rollout_batch_size=3, max_steps=1)
+    decode, order, all_decoded = trainer.decode, [], threading.Event()
+    start = trainer.start_rewards
+
+    def decoding(latents, conditioning):
+        order.append("sampled")
+        if order.count("sampled") == 4:
+            all_decoded.set()
+        return decode(latents, conditioning)
+
+    def starting(*args):
+        wait = start(*args)
+        # Not one score is there before the pictures of the last prompts are.
+        reward.wait_for = all_decoded if elsewhere else None
+        order.append("returned")
+        return wait
+
+    trainer.decode, trainer.start_rewards = decoding, starting
+    reward.wait_for = None
+    check = trainer.check_reward_functions
+
+    def checking():
+        check()
+        reward.wait_for = all_decoded if elsewhere else None
+        reward.called_in.clear()
+
+    trainer.check_reward_functions = checking
+    trainer.train()
+    assert reward.concurrent == elsewhere
+    assert order == ["sampled", "returned"] * 4
+    assert reward.called_in == [not elsewhere] * 4
+    assert logged(trainer, "rewards/Elsewhere/failed") == [0.0]
 
 
 class Rank(Reward):

@@ -24,6 +24,7 @@ from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
+from accelerate.logging import get_logger
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -33,6 +34,8 @@ from ..environment import check_torchvision
 from .convert import StateDict, check_keys
 from .reward import Reward
 
+
+logger = get_logger(__name__)
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _CHECKPOINTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -97,6 +100,31 @@ def share(key: tuple, load: Callable[[], tuple[nn.Module, str | None]], device: 
             module, commit = load()
             shared = _SHARED[(*key, device)] = SharedModel(module, device, commit)
         return shared
+
+
+def check_device(device: str):
+    """
+    Refuses a device that this machine does not have.
+
+    Raises:
+        ValueError: If it has none of that kind, or fewer.
+    """
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"device={device!r} is no device: expected 'cpu', 'cuda', or one GPU of several, 'cuda:1'."
+        ) from None
+    if wanted.type == "cpu":
+        return
+    module = getattr(torch, wanted.type, None)
+    count = module.device_count() if hasattr(module, "device_count") and module.is_available() else 0
+    if (wanted.index or 0) >= count:
+        known = ", ".join(["cpu", *(f"{wanted.type}:{number}" for number in range(count))])
+        raise ValueError(
+            f"device={device!r}: this process sees no such device. Expected one of {known}. CUDA_VISIBLE_DEVICES says "
+            "which GPUs are seen, and they are counted from 0 among those."
+        )
 
 
 def is_checkpoint(model: str) -> bool:
@@ -269,7 +297,9 @@ class ModelReward(Reward):
         revision (`str`, *optional*):
             Branch, tag or commit of the repository.
         device (`str`, *optional*):
-            Where to compute. Defaults to the trainer's device, or to a GPU where there is one.
+            Where to compute. Defaults to the trainer's device, or to a GPU where there is one. On another one than the
+            trainer's it scores in a thread of its own, while the next prompts are sampled. Each process of a run loads a
+            copy; `trl-flow rewards serve` loads one for all.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Precision of the model: `"float32"`, `"bfloat16"`, `"float16"` or `"float64"`. Scores are computed from its
             outputs in float32 at least.
@@ -292,6 +322,8 @@ class ModelReward(Reward):
             raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(_DTYPES)}.")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1.")
+        if device is not None:
+            check_device(device)
         self.model = model
         self.revision = revision
         self.device = device
@@ -299,6 +331,12 @@ class ModelReward(Reward):
         self.batch_size = batch_size
         self.offload = offload
         self._shared: SharedModel | None = None
+        self._elsewhere = False
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether it computes on another device than who called [`ModelReward.prepare`]: it need not be waited for."""
+        return self._elsewhere
 
     def load(self, device: torch.device) -> SharedModel:
         """Loads all that [`ModelReward.score`] needs; returns the model. Called again when the device changes."""
@@ -322,14 +360,21 @@ class ModelReward(Reward):
         return {"weights": self.model, **({"revision": revision} if revision else {})}
 
     def prepare(self, device: torch.device | str | None = None):
+        callers = device
         device = torch.device(self.device or device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # "cuda" and "cuda:0" are one device.
         device = torch.empty(0, device=device).device
+        self._elsewhere = callers is not None and torch.empty(0, device=callers).device != device
         if self._shared is not None and self._shared.device == device:
             return
         if self._shared is not None:
             self._shared.let_go(self)
         check_torchvision()  # a broken one makes transformers fail with errors that do not name it
+        if self._elsewhere and (processes := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+            logger.warning(
+                f"Each of {processes} processes loads a copy of {self.model} onto {device}. `trl-flow rewards serve` loads "
+                "one for all: give its address as the reward."
+            )
         self._shared = self.load(device)
         if not self.offload:
             self._shared.take(self)

@@ -29,12 +29,10 @@ from ..credit import combine_rewards
 from ..report.history import Samples
 from ..report.tracking import save_grid
 from ..rollout import Plan, execute, seeded_noise
-from .rollouts import means_by_tag
+from .rollouts import MOST_WAITING, means_by_tag
 
 
 SAMPLES_FOLDER = "samples"
-# Batches of pictures that are kept while a slow reward has yet to score them.
-MOST_WAITING = 4
 
 
 def deterministic_plan(num_steps: int) -> Plan:

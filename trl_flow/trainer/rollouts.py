@@ -16,7 +16,7 @@
 
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -31,6 +31,10 @@ from ..report.sample_table import contrasting, print_samples
 from ..rewards import NothingToLearnError, check_rewards, start_scoring
 from ..rollout import execute, seeded_noise
 from .transitions import select_transitions
+
+
+# Batches of pictures whose rewards are waited for, before the next prompts are sampled: the fifth waits for the first.
+MOST_WAITING = 4
 
 
 class RolloutMixin:
@@ -67,7 +71,7 @@ class RolloutMixin:
         # As many prompts at once as fill a forward: few large batches instead of many small ones.
         prompts_per_sweep = max(1, args.rollout_batch_size // plan.width)
         times = dict.fromkeys(("rollout", "decode", "reward"), 0.0)
-        nodes, scoring, observed = [], [], []
+        nodes, scoring, scored, observed = [], deque(), [], []
         leaf_position = {node: position for position, node in enumerate(plan.leaves)}
         edges = [plan.transitions[step] for step in plan.steps]
         leaves = torch.tensor([[[leaf_position[leaf] for leaf in e.leaves] for e in group] for group in edges])
@@ -105,7 +109,8 @@ class RolloutMixin:
                     rollout.leaves.flatten(0, 1), [condition for condition in conditioning for _ in plan.leaves]
                 )
             with timed(times, "reward"):
-                # Rewards with a thread of their own go on while the next prompts are sampled.
+                # Rewards with a thread of their own go on while the next prompts are sampled, but not far behind: pictures
+                # wait in memory.
                 scoring.append(
                     self.start_rewards(
                         self.reward_funcs,
@@ -115,8 +120,10 @@ class RolloutMixin:
                         [(prompt, number) for prompt in range(len(conditioning)) for number in compared],
                     )
                 )
+                if len(scoring) > MOST_WAITING:
+                    scored.append(scoring.popleft()())
         with timed(times, "reward"):
-            parts = [wait() for wait in scoring]
+            parts = scored + [wait() for wait in scoring]
             self.release_rewards(self.reward_funcs)
         rewards, failed = (
             torch.cat([part[i] for part in parts]).unflatten(0, (len(rows), len(plan.leaves))) for i in (0, 1)
