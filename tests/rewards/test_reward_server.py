@@ -337,7 +337,8 @@ def test_groups_are_never_merged():
     assert sorted(reward.calls) == sorted(list(range(n)) for n in (3, 2, 5, 4))
 
 
-def test_a_full_queue_sends_clients_away_until_there_is_room():
+def test_a_full_queue_sends_clients_away_until_there_is_room(monkeypatch):
+    monkeypatch.setattr(RewardServer, "entry_timeout", 0.2)
     reward = Gate()
     body = {"prompts": ["p"], "images": [png(numbered(1)[0])]}
     with serving(reward, max_queue=2) as server, ThreadPoolExecutor(3) as executor:
@@ -354,6 +355,7 @@ def test_a_full_queue_sends_clients_away_until_there_is_room():
 
 def test_requests_that_would_take_too_much_memory_are_sent_away(monkeypatch):
     monkeypatch.setattr(RewardServer, "max_memory", 10 * 2**20)
+    monkeypatch.setattr(RewardServer, "entry_timeout", 0.2)
     reward = Gate()
     # A few hundred bytes each, and 4 MB when it is unpacked.
     body = {"prompts": ["p"], "images": [png(Image.new("1", (1000, 1000)))]}
@@ -724,6 +726,7 @@ def test_a_server_that_is_still_loading_says_so():
         "ready": False,
         "requests": 0,
         "waiting_pictures": 0,
+        "scored": 0,
     }
     status, _, answer = ask(server, body={"prompts": ["p"], "images": [ONE]})
     assert (status, answer) == (503, {"error": "the reward is being loaded"})

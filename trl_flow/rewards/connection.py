@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from .. import __version__
+from .remote import CLIENT_HEADER
 
 
 if TYPE_CHECKING:
@@ -55,10 +56,13 @@ class Request:
 
     Args:
         key (`str`, *optional*): By which a client that asks for the same again says so.
+        client (`str`): Who sent it.
     """
 
-    def __init__(self, key: str | None):
+    def __init__(self, key: str | None, client: str):
         self.key = key
+        self.client = client
+        self.admitted = False
         self.size = 0  # bytes that it may take
         self.prompts: list[str] = []
         self.images: list[Image.Image] = []
@@ -136,9 +140,11 @@ class Handler(BaseHTTPRequestHandler):
         length = int(length)
         if length > self.server.max_body:
             raise RefusedError(413, f"{length} bytes: this server takes {self.server.max_body} at once")
-        request = Request(self.headers.get("Idempotency-Key"))
+        request = Request(self.headers.get("Idempotency-Key"), self.headers.get(CLIENT_HEADER, self.client_address[0]))
+        self.server.expect(self.connection, math.inf)  # while it is we who let it wait
         self.server.admit(request, length)
         try:
+            self.server.expect(self.connection, self.server.request_timeout)
             try:
                 body = self.rfile.read(length)
             except TimeoutError:

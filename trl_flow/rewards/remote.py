@@ -39,29 +39,47 @@ from .threads import DaemonExecutor
 logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "TRL_FLOW_REWARD_TOKEN"
+# Names a client, so that each gets its turn.
+CLIENT_HEADER = "TRL-Flow-Client"
 # What goes by without a success, before a word is said about it.
 PATIENCE = 5.0  # seconds
 # The server is busy or restarting; anything else that is no success stays as it is however often it is asked.
 RETRIED = {408, 409, 429, *range(500, 600)}
 
 
+class _Server:
+    """One of the servers of a reward, as its client knows it."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self.under_way = 0  # requests of this client
+        self.not_before = 0.0  # when it may be asked again, on the monotonic clock
+        self.failures = 0  # since it last answered
+        self.scored: int | None = None  # pictures, of all its clients, when it was last asked
+        self.warned = False
+
+
 class RemoteReward(Reward):
     """
-    The scores of a reward server, as `trl-flow rewards serve` starts one.
+    The scores of one or more reward servers, as `trl-flow rewards serve` starts them.
 
-    While the server does not answer, calls wait for it: a server that is killed and started again costs time and no
-    sample. Scope, required columns and prompt set are the server's; it is first asked for them when they are needed.
+    While no server answers, calls wait: a server that is killed and started again costs time and no sample. So does one
+    that is busy with the requests of others, for as long as it goes on scoring. Of several servers, each request goes to
+    one that has the fewest of this client's, and to another one if it is gone. Scope, required columns and prompt set are
+    the server's; it is first asked for them when they are needed.
 
     Args:
-        url (`str`): The server's address, `"http://host:port"`.
+        url (`str` or `list[str]`): The server's address, `"http://host:port"`; or those of several that serve the same
+            reward with the same settings.
         token (`str`, *optional*): What the server was told to ask for. By default the environment variable
             `TRL_FLOW_REWARD_TOKEN`, which, unlike a setting, ends up in no config file.
         timeout (`float`, *optional*, defaults to 120): Seconds that one request may take before it is made again. What the
             server has begun to score by then is not begun anew.
-        max_wait (`float`, *optional*, defaults to 600): Seconds without any answer after which the server is given up.
+        max_wait (`float`, *optional*, defaults to 600): Seconds without any answer after which the servers are given up. One
+            that has scored pictures of others meanwhile is waited for again as long.
         batch_size (`int`, *optional*): Pictures per request. By default as many as the server scores at once. A reward
             with group scope gets its group in one request.
-        max_workers (`int`, *optional*, defaults to 4): Requests at a time.
+        max_workers (`int`, *optional*, defaults to 4): Requests at a time, to each server.
         columns (`list[str]`, *optional*): Columns of the dataset to send. By default all that JSON can express.
     """
 
@@ -76,7 +94,7 @@ class RemoteReward(Reward):
 
     def __init__(
         self,
-        url: str,
+        url: str | list[str],
         token: str | None = None,
         timeout: float = 120.0,
         max_wait: float = 600.0,
@@ -84,48 +102,53 @@ class RemoteReward(Reward):
         max_workers: int = 4,
         columns: list[str] | None = None,
     ):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url={url!r}: expected the address of a reward server, 'http://host:port'.")
-        if parts.username is not None or parts.query or parts.fragment:
-            # Not shown: the part that is too much may be a secret.
-            raise ValueError(
-                f"url: expected nothing but an address, 'http://{parts.hostname}:port'. A token is given as token=... "
-                f"or in the environment variable {TOKEN_VARIABLE}."
-            )
+        urls = [url] if isinstance(url, str) else list(url)
+        if not urls:
+            raise ValueError("url=[]: expected the address of a reward server, or several.")
+        hosts = [_checked_host(one) for one in urls]
         for name, value in (("timeout", timeout), ("max_wait", max_wait)):
             if not value > 0:
                 raise ValueError(f"{name}={value}: expected a number of seconds above 0.")
         for name, value in (("batch_size", batch_size), ("max_workers", max_workers)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1.")
-        self.url = url.rstrip("/")
+        urls = [one.rstrip("/") for one in urls]
+        if twice := sorted({one for one in urls if urls.count(one) > 1}):
+            raise ValueError(
+                f"url names {', '.join(twice)} twice: name each server once; max_workers says how much it gets."
+            )
+        self.url = ", ".join(urls)
         self.timeout = timeout
         self.max_wait = max_wait
         self.batch_size = batch_size
         self.max_workers = max_workers
         self.columns = columns
+        self._servers = [_Server(one) for one in urls]
         token = read_token(token)
         self._client = httpx2.Client(
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            verify=parts.scheme == "https",  # loading certificates takes longer than many a request
+            # By the client's name the server tells who is to have the next turn.
+            headers={CLIENT_HEADER: uuid.uuid4().hex, **({"Authorization": f"Bearer {token}"} if token else {})},
+            verify=any(
+                one.startswith("https:") for one in urls
+            ),  # loading certificates takes longer than many a request
             # A proxy that the environment names cannot reach this machine.
-            trust_env=not is_loopback(parts.hostname),
+            trust_env=not all(map(is_loopback, hosts)),
             timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0), pool=None),
-            limits=httpx2.Limits(max_connections=max_workers),
+            limits=httpx2.Limits(max_connections=max_workers * len(urls)),
         )
         # Of its own: the jitter of a retry must not move the random numbers of the run.
         self._random = random.Random()
-        self._answered = 0.0  # when the server last did, on the monotonic clock
-        self._warned = False
+        self._lock = threading.Lock()  # of what is noted of the servers
+        self._answered = 0.0  # when one of them last did, on the monotonic clock
         self._error = ""  # why the server had no score for some pictures of a call
 
     @cached_property
     def served(self) -> dict:
         """What the server says of its reward. Waits for a server that does not answer yet."""
-        served = self._ask("GET", "/", threading.Event())
+        served, server = self._ask("GET", "/", threading.Event())
+        server.scored = served.get("scored")
         if not isinstance(served.get("name"), str) or served.get("scope") not in ("sample", "group"):
-            raise ValueError(f"{self.url} answers, but not as a reward server does: {str(served)[:200]}")
+            raise ValueError(f"{server.url} answers, but not as a reward server does: {str(served)[:200]}")
         if served.get("about"):
             self.about = About(**{field: str(served["about"].get(field, "")) for field in About._fields})
         return served
@@ -171,7 +194,7 @@ class RemoteReward(Reward):
         # Set when one request has failed for good, so that the others do not wait on.
         stop = threading.Event()
         self._error = "it does not say why"
-        executor = DaemonExecutor(self.max_workers)
+        executor = DaemonExecutor(self.max_workers * len(self._servers))
         try:
             futures = []
             for start in range(0, n, max(1, size)):
@@ -207,7 +230,7 @@ class RemoteReward(Reward):
     def _score(self, prompts: list[str], images: list[Image.Image], columns: dict, stop: threading.Event):
         body = {"prompts": prompts, "images": [encode(image) for image in images], "columns": columns}
         try:
-            answer = self._ask("POST", "/score", stop, json.dumps(body).encode())
+            answer, server = self._ask("POST", "/score", stop, json.dumps(body).encode())
         except _TooLargeError as error:
             if len(images) == 1 or self.scope == "group":
                 what = "one picture" if len(images) == 1 else f"a group of {len(images)} pictures"
@@ -222,12 +245,12 @@ class RemoteReward(Reward):
             ]
         if answer.get("name", self.served["name"]) != self.served["name"]:
             raise RewardUnavailableError(
-                f"{self.url} serves {answer['name']!r} now, and {self.served['name']!r} before: start that one again."
+                f"{server.url} serves {answer['name']!r} now, and {self.served['name']!r} before: start that one again."
             )
         before = self.served.get("fingerprint")
         if (now := answer.get("fingerprint", before)) != before:
             raise RewardUnavailableError(
-                f"{self.url} serves {self.served['name']!r} with other settings or of another revision than before "
+                f"{server.url} serves {self.served['name']!r} with other settings or of another revision than before "
                 f"(fingerprint {now}, before {before}): start it again as it was."
             )
         scores, failed = answer.get("scores"), answer.get("failed", [])
@@ -239,23 +262,26 @@ class RemoteReward(Reward):
             or not all(type(number) is int and 0 <= number < len(images) for number in failed)
         ):
             raise ValueError(
-                f"{self.url}/score answered with {str(answer)[:200]}: expected 'scores', {len(images)} numbers or null, "
+                f"{server.url}/score answered with {str(answer)[:200]}: expected 'scores', {len(images)} numbers or null, "
                 "and 'failed', the positions of those that should have been numbers."
             )
         if failed and answer.get("error"):
             self._error = str(answer["error"])[:500]
         return [math.nan if number in failed else value for number, value in enumerate(scores)]
 
-    def _ask(self, method: str, path: str, stop: threading.Event, body: bytes | None = None) -> dict:
-        """The answer to one request, which is made until there is one."""
+    def _ask(self, method: str, path: str, stop: threading.Event, body: bytes | None = None) -> tuple[dict, _Server]:
+        """The answer to one request, which is made until there is one, and who gave it."""
         began = time.monotonic()
-        attempt = 0
         headers = {"Content-Type": "application/json", "Idempotency-Key": uuid.uuid4().hex} if body else {}
+        server = None
         while True:
-            after = 0.0
+            server = self._choose(server)
             advice = "Start it again, and the run from its last checkpoint; max_wait says how long to wait."
+            after = 0.0
             try:
-                response = self._client.request(method, self.url + path, content=body, headers=headers)
+                response = request_within(
+                    self._client, self.timeout, method, server.url + path, content=body, headers=headers
+                )
             except httpx2.RequestError as error:
                 problem = f"{type(error).__name__}: {error}"
                 if body and isinstance(error, httpx2.ReadTimeout):
@@ -264,55 +290,146 @@ class RemoteReward(Reward):
                         "If it is alive, raise timeout (and max_wait), or lower batch_size; then start the run from its "
                         "last checkpoint."
                     )
+                    if not stop.is_set() and self._goes_on(server):
+                        # Another one would begin anew; here the request keeps its turn, or has been scored meanwhile.
+                        with self._lock:
+                            server.under_way -= 1
+                        continue
             else:
                 if response.status_code == 200:
-                    self._answered = time.monotonic()
-                    if self._warned:
-                        self._warned = False
-                        logger.warning(f"Reward server {self.url} answers again.")
-                    return self._parsed(response)
+                    self._note_answer(server)
+                    return self._parsed(response, server), server
                 problem = f"HTTP {response.status_code}: {_reason(response)}"
                 if response.status_code not in RETRIED:
-                    self._give_up(response.status_code, problem)
+                    with self._lock:
+                        server.under_way -= 1
+                    self._give_up(server, response.status_code, problem)
                 after = _seconds(response.headers.get("Retry-After"))
 
             waited = time.monotonic() - max(began, self._answered)
+            # A server that is busy for others is no reason to give up.
+            if waited >= self.max_wait and body and self._goes_on(server):
+                waited = 0.0
+            self._note_failure(server, problem, after, waited)
             if waited >= self.max_wait or stop.is_set():
                 raise RewardUnavailableError(
                     f"Reward server {self.url} has not answered for {waited:.0f} s ({problem}). {advice}"
                 )
-            if waited >= PATIENCE and not self._warned:
-                self._warned = True
-                logger.warning(
-                    f"Reward server {self.url} does not answer ({problem}). Waiting for up to {self.max_wait:.0f} s."
-                )
-            delay = max(after, min(10.0, 0.25 * 2**attempt) * self._random.uniform(0.5, 1.0))
-            attempt += 1
+            server = None
+            with self._lock:
+                first = min(other.not_before for other in self._servers)
             # The last attempt is made when the time is up, not before.
-            stop.wait(min(delay, self.max_wait - waited))
+            stop.wait(min(max(0.0, first - time.monotonic()), self.max_wait - waited))
 
-    def _give_up(self, status: int, problem: str):
+    def _choose(self, server: _Server | None) -> _Server:
+        """Where a request goes: to `server`, or to one that may be asked and has the fewest requests of this client."""
+        with self._lock:
+            if server is None:
+                now = time.monotonic()
+                open_ones = [other for other in self._servers if other.not_before <= now]
+                # When the time is up: whichever it is least early for.
+                open_ones = open_ones or [min(self._servers, key=lambda other: other.not_before)]
+                fewest = min(other.under_way for other in open_ones)
+                server = self._random.choice([other for other in open_ones if other.under_way == fewest])
+            server.under_way += 1
+            return server
+
+    def _note_answer(self, server: _Server):
+        with self._lock:
+            self._answered = time.monotonic()
+            server.under_way -= 1
+            server.failures, server.not_before = 0, 0.0
+            was_away, server.warned = server.warned, False
+        if was_away:
+            logger.warning(f"Reward server {server.url} answers again.")
+
+    def _note_failure(self, server: _Server, problem: str, after: float, waited: float):
+        """Notes when a server may be asked again: when it says so, or after a pause that doubles each time."""
+        with self._lock:
+            server.under_way -= 1
+            now = time.monotonic()
+            if now >= server.not_before:  # requests that fail together are one failure
+                # Not beyond what a busy server asks for: who has waited for long would come ever later than the others.
+                pause = after or min(10.0, 0.25 * 2**server.failures)
+                server.not_before = now + pause * self._random.uniform(*((1.0, 1.25) if after else (0.5, 1.0)))
+                server.failures += 1
+            # Of several, one that is away is told of at once: the others' answers hide it.
+            away = waited >= PATIENCE or (len(self._servers) > 1 and not after)
+            say, server.warned = away and not server.warned, server.warned or away
+        if say:
+            others = " The others go on." if len(self._servers) > 1 else ""
+            logger.warning(
+                f"Reward server {server.url} does not answer ({problem}). Waiting for up to {self.max_wait:.0f} s.{others}"
+            )
+
+    def _goes_on(self, server: _Server) -> bool:
+        """Whether a server has scored pictures since it was last asked that, whoever's they were."""
+        try:
+            response = self._client.get(f"{server.url}/health", timeout=min(self.timeout, 10.0))
+            scored = response.json()["scored"]
+        except (httpx2.RequestError, ValueError, LookupError, TypeError):
+            return False
+        with self._lock:
+            before, server.scored = server.scored, scored
+            if before in (None, scored):
+                return False
+            self._answered = time.monotonic()
+            return True
+
+    def _give_up(self, server: _Server, status: int, problem: str):
         if status in (401, 403):
             raise RewardUnavailableError(
-                f"Reward server {self.url} refuses the token ({problem}). Give the one that it was started with as "
+                f"Reward server {server.url} refuses the token ({problem}). Give the one that it was started with as "
                 f"token=... or in the environment variable {TOKEN_VARIABLE}."
             )
         if status == 413:
             raise _TooLargeError(problem)
-        raise ValueError(f"Reward server {self.url} refuses the request ({problem}).")
+        raise ValueError(f"Reward server {server.url} refuses the request ({problem}).")
 
-    def _parsed(self, response: httpx2.Response) -> dict:
+    def _parsed(self, response: httpx2.Response, server: _Server) -> dict:
         try:
             answer = response.json()
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise ValueError(f"{self.url} answers, but not as a reward server does: {response.text[:200]!r}")
+            raise ValueError(f"{server.url} answers, but not as a reward server does: {response.text[:200]!r}")
         return answer
 
 
 class _TooLargeError(ValueError):
     """A smaller request would do."""
+
+
+def request_within(client: httpx2.Client, seconds: float, method: str, url: str, **kwargs) -> httpx2.Response:
+    """
+    A whole answer. The client's own limit is for each piece of it, and one that comes in drops would never end.
+
+    Raises:
+        httpx2.ReadTimeout: If its end has not come after so many seconds.
+    """
+    until = time.monotonic() + seconds
+    pieces = []
+    with client.stream(method, url, **kwargs) as response:
+        for piece in response.iter_bytes():
+            pieces.append(piece)
+            if time.monotonic() > until:
+                raise httpx2.ReadTimeout(f"the answer has not ended after {seconds:g} s", request=response.request)
+    # As it was read: not to be unpacked again.
+    headers = [(name, value) for name, value in response.headers.multi_items() if name != "content-encoding"]
+    return httpx2.Response(response.status_code, headers=headers, content=b"".join(pieces), request=response.request)
+
+
+def _checked_host(url: str) -> str:
+    parts = urlsplit(url) if isinstance(url, str) else None
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"url={url!r}: expected the address of a reward server, 'http://host:port'.")
+    if parts.username is not None or parts.query or parts.fragment:
+        # Not shown: the part that is too much may be a secret.
+        raise ValueError(
+            f"url: expected nothing but an address, 'http://{parts.hostname}:port'. A token is given as token=... "
+            f"or in the environment variable {TOKEN_VARIABLE}."
+        )
+    return parts.hostname
 
 
 def read_token(token: str | None) -> str | None:

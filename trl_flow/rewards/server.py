@@ -28,8 +28,8 @@ import socket
 import socketserver
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from http.server import ThreadingHTTPServer
 
 import torch
@@ -39,6 +39,7 @@ from PIL import Image
 from .. import __version__
 from .connection import Handler, RefusedError, Request
 from .loading import SECRETS, RewardSpec, parse_reward, public_reward, reward_name
+from .models import check_device
 from .remote import TOKEN_VARIABLE, is_loopback, read_token
 from .reward import About, Reward, RewardUnavailableError
 from .scoring import RewardThreads, start_scoring, takes_videos
@@ -49,6 +50,9 @@ logger = logging.getLogger(__name__)
 # Memory that a request takes until its pictures are decoded: the body, its text, its values, their PNGs.
 COPIES = 4  # times its length
 PIXEL = 4  # bytes: Pillow's RGB has one that is not used
+_CLIENTS = 4096  # whose turns are remembered
+# Settings of rewards that change no score.
+_PLACES = {"device", "offload"}
 # What a reward function gets by these names is no column.
 _RESERVED = {"prompts", "images", "completions", "videos", "trainer_state", "log_extra", "log_metric"}
 
@@ -67,16 +71,21 @@ class RewardServer(ThreadingHTTPServer):
 
     Every connection has a thread that reads and decodes. One thread scores: it takes whatever waits, up to `batch_size`
     pictures at once, so many small requests cost as little as one large one. A reward with group scope is called once
-    for each request, which is a group.
+    for each request, which is a group. With copies of the reward on several devices, each has such a thread, and all take
+    from one queue.
+
+    Clients take turns, by the header `TRL-Flow-Client` or else their address: one that sends much does not keep those from
+    their scores that send little. When the queue is full, a request is read no further until there is room, and sent away
+    (503) after `entry_timeout` seconds.
 
     Args:
-        reward (`Callable`): What [`load_reward`] returns.
+        reward (`Callable` or `list[Callable]`): What [`load_reward`] returns; for several devices, a copy for each.
         host (`str`, *optional*, defaults to `"127.0.0.1"`): Address to listen on. Any but this machine's own needs a
             `token`.
         port (`int`, *optional*, defaults to 8000): 0 takes a free one.
         batch_size (`int`, *optional*, defaults to 16): Most pictures per call of the reward.
-        max_queue (`int`, *optional*, defaults to 256): Requests that are read, wait or are scored at a time. More get
-            status 503, and are asked to come again.
+        max_queue (`int`, *optional*, defaults to 256): Requests that are read, wait or are scored at a time. More wait
+            before they are read.
         max_body_mib (`float`, *optional*, defaults to 64): Largest request.
         max_images (`int`, *optional*, defaults to 256): Most pictures in a request.
         max_megapixels (`float`, *optional*, defaults to 64): Most pixels in all pictures of a request together.
@@ -84,19 +93,21 @@ class RewardServer(ThreadingHTTPServer):
             headers, and between requests, it has 10 at most.
         token (`str`, *optional*): What clients must know (`Authorization: Bearer ...`). By default the environment
             variable `TRL_FLOW_REWARD_TOKEN`, or else none.
-        device (`str`, *optional*): Where the reward computes. By default an accelerator if there is one.
+        device (`str` or `list[str]`, *optional*): Where the reward computes. By default an accelerator if there is one.
         spec (`str`, `dict` or `Callable`, *optional*): What the reward was loaded by. It says its name, and is what clients
             tell other settings of the same reward by. By default the reward's own name, and the numbers and texts that it keeps as attributes.
 
     Attributes:
         max_connections (`int`): Most connections. More get status 503, and are closed.
-        max_memory (`int`): Most bytes of the requests that are read or wait. More get status 503; one alone is taken
-            whatever its size.
+        max_memory (`int`): Most bytes of the requests that are read or wait. More wait before they are read; one alone is
+            taken whatever its size.
+        entry_timeout (`float`): Seconds that a request waits before it is read, and then gets status 503.
         header_timeout (`float`): Seconds that a client may be silent before a request, or take for its headers.
     """
 
     max_connections = 512
     max_memory = 2 * 2**30
+    entry_timeout = 10.0
     header_timeout = 10.0
 
     request_queue_size = (
@@ -106,7 +117,7 @@ class RewardServer(ThreadingHTTPServer):
 
     def __init__(
         self,
-        reward: Callable,
+        reward: Callable | list[Callable],
         host: str = "127.0.0.1",
         port: int = 8000,
         batch_size: int = 16,
@@ -116,7 +127,7 @@ class RewardServer(ThreadingHTTPServer):
         max_megapixels: float = 64,
         request_timeout: float = 30.0,
         token: str | None = None,
-        device: str | None = None,
+        device: str | list[str] | None = None,
         spec: RewardSpec | None = None,
     ):
         limits = {
@@ -138,14 +149,27 @@ class RewardServer(ThreadingHTTPServer):
                 f"host={host!r} can be reached from other machines: give a token, best in the environment variable "
                 f"{TOKEN_VARIABLE}, or take host='127.0.0.1' and an SSH tunnel."
             )
+        copies = reward if isinstance(reward, list) else [reward]
+        devices = device if isinstance(device, list) else [device]
+        reward = copies[0]
+        for name in devices:
+            if name is not None:
+                check_device(name)
         self.spec = reward if spec is None else spec
         self.name = reward_name(self.spec)
         self.fingerprint: str | None = None  # known when the reward is loaded
         if takes_videos(reward):
             raise ValueError(f"Reward {self.name!r} takes whole videos, and only pictures can be sent to a server.")
+        if len(copies) != len(devices):
+            raise ValueError(
+                f"{len(copies)} copies of {self.name!r} for {len(devices)} devices: expected one for each."
+            )
+        if len({id(copy) for copy in copies}) < len(copies) or (len(copies) > 1 and not hasattr(reward, "prepare")):
+            raise ValueError(
+                f"Reward {self.name!r} is a function, which is called once at a time and on no device: give one device, or "
+                "none."
+            )
         self.reward = reward
-        self._reward = _without_exit(reward)
-        self._reward_threads = RewardThreads()
         self.scope = getattr(reward, "scope", "sample")
         self.requires = tuple(getattr(reward, "requires", ()))
         self.batch_size = batch_size
@@ -156,12 +180,15 @@ class RewardServer(ThreadingHTTPServer):
         self.request_timeout = request_timeout
         self.header_timeout = min(self.header_timeout, request_timeout)
         self.token = token
-        self.device = device
+        self.copies = [_Copy(copy, name) for copy, name in zip(copies, devices, strict=True)]
         self.ready = False
         self.error: BaseException | None = None  # why it never became ready
         self.stopping = False
+        self.scored = 0  # pictures
         self._changed = threading.Condition()
-        self._waiting: deque[Request] = deque()
+        self._entering: list[Request] = []  # not read yet
+        self._waiting: list[Request] = []  # for their scores
+        self._turns = {"entering": _Turns(), "waiting": _Turns()}
         self._begun: dict[str, Request] = {}  # by key: what is being scored, or was for clients that have hung up
         self._admitted = 0
         self._held = 0  # bytes
@@ -187,8 +214,8 @@ class RewardServer(ThreadingHTTPServer):
     def start(self):
         """Listens at once; the reward loads meanwhile, and `/score` answers 503 until it is ready."""
         listening = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
-        scoring = threading.Thread(target=self._work, daemon=True)
-        self._running = [listening, scoring]
+        scoring = [threading.Thread(target=self._work, args=(copy,), daemon=True) for copy in self.copies]
+        self._running = [listening, *scoring]
         for thread in self._running:
             thread.start()
 
@@ -236,6 +263,7 @@ class RewardServer(ThreadingHTTPServer):
             "source": getattr(self.reward, "source", {}),
             "about": about._asdict() if isinstance(about, About) else None,
             "batch_size": min(self.batch_size, self.max_images),
+            "scored": self.scored,
         }
 
     def health(self) -> dict:
@@ -243,33 +271,57 @@ class RewardServer(ThreadingHTTPServer):
             requests, pictures = self._admitted, sum(len(request.images) for request in self._waiting)
         ready = self.ready and not self.stopping
         health = {"name": self.name, "version": __version__, "scope": self.scope, "ready": ready}
-        return {**health, "requests": requests, "waiting_pictures": pictures}
+        return {**health, "requests": requests, "waiting_pictures": pictures, "scored": self.scored}
 
     def admit(self, request: Request, length: int):
-        """Counts a request in, before its body of `length` bytes is read."""
+        """Waits until it is a request's turn to be read, a body of `length` bytes, and counts it in."""
         with self._changed:
+            if self.ready:
+                request.size = COPIES * length
+                self._entering.append(request)
+                self._let_in()
+                self._changed.wait_for(lambda: request.admitted or self.stopping, self.entry_timeout)
+                if request.admitted:
+                    return
+                self._entering.remove(request)
             if self.stopping or not self.ready:
                 reason = "the server is stopping" if self.stopping else "the reward is being loaded"
                 raise RefusedError(503, reason, **{"Retry-After": "2"})
             if self._admitted >= self.max_queue:
                 raise RefusedError(503, f"{self._admitted} requests are waiting already", **{"Retry-After": "1"})
-            self._reserve(request, COPIES * length)
+            raise RefusedError(503, self._full(self._held), **{"Retry-After": "1"})
+
+    def _let_in(self):
+        """Lets those enter for whom there is room, in turn."""
+        while self._entering and self._admitted < self.max_queue:
+            request = self._turns["entering"].next(self._entering)
+            if self._held and self._held + request.size > self.max_memory:
+                return
+            self._turns["entering"].took(request)
+            self._entering.remove(request)
+            self._held += request.size
             self._admitted += 1
+            request.admitted = True
+            self._changed.notify_all()
+
+    def _full(self, held: int) -> str:
+        return f"requests that wait already take {held / 2**20:.0f} MiB"
 
     def dismiss(self, request: Request):
         with self._changed:
             self._held -= request.size
             self._admitted -= 1
+            self._let_in()
 
     def _reserve(self, request: Request, size: int):
         """Notes how much memory a request takes from now on."""
         with self._changed:
             others = self._held - request.size
             if others and size > request.size and others + size > self.max_memory:
-                reason = f"requests that wait already take {others / 2**20:.0f} MiB"
-                raise RefusedError(503, reason, **{"Retry-After": "1"})
+                raise RefusedError(503, self._full(others), **{"Retry-After": "1"})
             self._held = others + size
             request.size = size
+            self._let_in()
 
     def read_request(self, request: Request, body: bytes):
         """
@@ -365,20 +417,23 @@ class RewardServer(ThreadingHTTPServer):
             if self._begun.get(request.key) is request:
                 del self._begun[request.key]
 
-    # ---- Scores, all in one thread ----
+    # ---- Scores, those of each copy of the reward in one thread ----
 
-    def _work(self):
+    def _work(self, copy: "_Copy"):
         try:
-            PartialState()  # what the libraries' loggers ask for
-            if hasattr(self.reward, "prepare"):
-                self.reward.prepare(torch.device(self.device or _default_device()))
-            self.fingerprint = self._fingerprint()
+            with self._changed:
+                PartialState()  # what the libraries' loggers ask for
+            if hasattr(copy.reward, "prepare"):
+                copy.reward.prepare(torch.device(copy.device or _default_device()))
+            copy.ready = True
+            if all(other.ready for other in self.copies):
+                self.fingerprint = self._fingerprint()
         except BaseException as error:
             self.error = error
-        else:
-            self.ready = True
         with self._changed:
+            self.ready = self.error is None and self.fingerprint is not None
             self._changed.notify_all()
+            self._changed.wait_for(lambda: self.ready or self.error is not None or self.stopping)
         while self.ready and (requests := self._take()):
             began = time.monotonic()
             requests = self._begin(requests)
@@ -386,7 +441,7 @@ class RewardServer(ThreadingHTTPServer):
                 continue
             pictures = sum(len(request.images) for request in requests)
             try:
-                self._score(requests)
+                self._score(copy, requests)
             except RewardUnavailableError as error:
                 _answer_all(requests, RefusedError(503, str(error), **{"Retry-After": "5"}))
                 logger.warning(str(error))
@@ -398,6 +453,8 @@ class RewardServer(ThreadingHTTPServer):
                 _answer_all(requests, RefusedError(500, "an error of the server, which its log tells more of"))
                 logger.exception(f"Reward {self.name!r}")
             else:
+                with self._changed:
+                    self.scored += pictures
                 failed = sum(len(request.answer["failed"]) for request in requests)
                 logger.info(
                     f"{self.name}: {pictures} pictures of {len(requests)} requests in {time.monotonic() - began:.3f} s"
@@ -407,13 +464,17 @@ class RewardServer(ThreadingHTTPServer):
                 request.empty()
 
     def _fingerprint(self) -> str:
-        """A few letters that stand for the reward: where it came from, and its settings, but for keys and tokens."""
+        """
+        A few letters that stand for the reward: where it came from, and its settings, but for keys and tokens, and for
+        where it computes.
+        """
         name, settings = parse_reward(public_reward(self.spec))
         if isinstance(
             name, Reward
         ):  # what it keeps of its settings; other kinds of values may look different each time
             kept = {key: value for key, value in vars(name).items() if not key.startswith("_") and key not in SECRETS}
             settings = {key: value for key, value in kept.items() if isinstance(value, str | int | float)}
+        settings = {key: value for key, value in settings.items() if key not in _PLACES}
         content = [name if isinstance(name, str) else self.name, settings, getattr(self.reward, "source", {})]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
@@ -427,25 +488,22 @@ class RewardServer(ThreadingHTTPServer):
         return requests
 
     def _take(self) -> list[Request]:
-        """What is scored together: the first that waits, and whatever fits with it. Nothing when all is done."""
+        """What is scored together: the next in turn, and those after it that fit with it. Nothing when all is done."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self.stopping)
-            if not self._waiting:
-                return []
-            taken = [self._waiting.popleft()]
-            if self.scope == "group":
-                return taken
-            pictures = len(taken[0].images)
-            for request in list(self._waiting):
-                if pictures + len(request.images) > self.batch_size:
+            taken, pictures, candidates = [], 0, self._waiting
+            while candidates:
+                request = self._turns["waiting"].next(candidates)
+                pictures += len(request.images)
+                if taken and (self.scope == "group" or pictures > self.batch_size):
                     break
-                if request.columns.keys() == taken[0].columns.keys():
-                    self._waiting.remove(request)
-                    taken.append(request)
-                    pictures += len(request.images)
+                self._turns["waiting"].took(request)
+                self._waiting.remove(request)
+                taken.append(request)
+                candidates = [other for other in self._waiting if other.columns.keys() == request.columns.keys()]
             return taken
 
-    def _score(self, requests: list[Request]):
+    def _score(self, copy: "_Copy", requests: list[Request]):
         prompts = [prompt for request in requests for prompt in request.prompts]
         images = [image for request in requests for image in request.images]
         columns = {name: [] for request in requests for name in request.columns}
@@ -456,10 +514,10 @@ class RewardServer(ThreadingHTTPServer):
         size = len(images) if self.scope == "group" else self.batch_size
         for start in range(0, len(images), max(1, size)):
             part = slice(start, start + size)
-            self._reward_threads.unavailable.clear()
+            copy.threads.unavailable.clear()
             scores = start_scoring(
-                self._reward_threads,
-                [self._reward],
+                copy.threads,
+                [copy.call],
                 [self.name],
                 prompts[part],
                 images[part],
@@ -531,6 +589,39 @@ class RewardServer(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         # A client that is gone; what goes wrong while answering is dealt with there.
         logger.debug("Connection of %s ended", client_address, exc_info=True)
+
+
+class _Copy:
+    """A reward function on a device, and the threads that it runs in."""
+
+    def __init__(self, reward: Callable, device: str | None):
+        self.reward = reward
+        self.device = device
+        self.call = _without_exit(reward)
+        self.threads = RewardThreads()
+        self.ready = False
+
+
+class _Turns:
+    """Clients take turns, and each one's requests come in the order in which it sent them."""
+
+    def __init__(self):
+        self._last: OrderedDict[str, int] = OrderedDict()  # turn of each client, the latest at the end
+        self._turn = 0
+
+    def next(self, requests: Iterable[Request]) -> Request:
+        """Of some that wait, in the order in which they came, that of the client whose last turn is longest ago."""
+        first = {}
+        for request in requests:
+            first.setdefault(request.client, request)
+        return min(first.values(), key=lambda request: self._last.get(request.client, -1))
+
+    def took(self, request: Request):
+        self._turn += 1
+        self._last[request.client] = self._turn
+        self._last.move_to_end(request.client)
+        while len(self._last) > _CLIENTS:
+            self._last.popitem(last=False)
 
 
 def serve(reward: Callable, host: str = "127.0.0.1", port: int = 8000, **settings):
