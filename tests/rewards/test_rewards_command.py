@@ -35,7 +35,7 @@ from trl_flow import cli
 from trl_flow.rewards import REWARDS, Reward, load_reward
 from trl_flow.rewards.check import PROMPTS, check_reward, draw
 from trl_flow.rewards.server import RewardServer
-from trl_flow.scripts.rewards import NamedReward, ServeArguments
+from trl_flow.scripts.rewards import NamedReward, RewardsParser, ServeArguments
 
 
 def brightness(image) -> float:
@@ -430,15 +430,16 @@ def test_serve_has_all_settings_of_the_server():
 
 
 def test_serve():
-    """Its settings reach the server, which runs until it is told to stop."""
-    command = [sys.executable, "-m", "trl_flow.cli", "rewards", "serve", "jpeg_size", "--settings", '{"quality": 30}']
-    command += ["--port", "0", "--max_images", "2", "--token", "secret"]
+    """Settings reach the servers, which run until they are told to stop."""
+    command = [sys.executable, "-m", "trl_flow.cli", "rewards", "serve", '{"jpeg_size": {"quality": 30}}', "shapes"]
+    command += ["--port", "0", "--max_images", "2", "--token", "secret", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     try:
-        url = re.search(r"http://\S+", process.stdout.readline())[0]
+        url, second = (re.search(r"http://\S+", process.stdout.readline())[0] for _ in range(2))
         pictures = [draw(prompt, (64, 64), seed) for seed, prompt in enumerate(PROMPTS[:2])]
         served = load_reward(url, token="secret")(prompts=PROMPTS[:2], images=pictures)
         assert served == pytest.approx(load_reward("jpeg_size", quality=30)(prompts=PROMPTS[:2], images=pictures))
+        assert load_reward(second, token="secret").name == "shapes"
         request = urllib.request.Request(url, headers={"Authorization": "Bearer secret"})
         with urllib.request.urlopen(request) as answer:
             assert json.load(answer)["batch_size"] == 2  # no more than --max_images
@@ -449,3 +450,33 @@ def test_serve():
     finally:
         process.kill()
         process.communicate()
+
+
+def test_what_is_served_where():
+    def served(*args):
+        function, arguments = RewardsParser().parse_args_and_config(["serve", *args])
+        return [
+            (each["spec"], each["device"], len(each["reward"]) if isinstance(each["reward"], list) else 1)
+            for each in arguments.load_all()
+        ]
+
+    small = {"jpeg_size": {"quality": 30}}
+    assert served("jpeg_size", "--settings", '{"quality": 30}') == [(small, None, 1)]
+    assert served("jpeg_size", "--device", "cpu", "cpu:0") == [({"jpeg_size": {}}, ["cpu", "cpu:0"], 2)]
+    two = ["jpeg_size", json.dumps(small), "--device"]
+    assert served(*two, "cpu") == [({"jpeg_size": {}}, "cpu", 1), (small, "cpu", 1)]
+    assert served(*two, "cpu", "cpu:0") == [({"jpeg_size": {}}, "cpu", 1), (small, "cpu:0", 1)]
+    for wrong, message in (
+        (["ocr", "clip", "--settings", '{"match": "exact"}'], "settings: of which of 2 rewards"),
+        (["a/b", "a/c", "--revision", "main"], "revision: of which of 2 rewards"),
+        (
+            ["a/b", "a/c", "a/d", "--device", "cpu", "cpu"],
+            "2 devices for 3 rewards: expected one for all, or one for each",
+        ),
+        (
+            ['{"clip": {"device": "cpu"}}', "--device", "cpu"],
+            "reward='clip' has a device in its settings, and device=",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            served(*wrong)

@@ -635,24 +635,36 @@ def serve(reward: Callable, host: str = "127.0.0.1", port: int = 8000, **setting
         ValueError: If a setting makes no sense, or `host` is open to other machines and there is no token.
         OSError: If the port is taken.
     """
+    serve_all([RewardServer(reward, host, port, **settings)])
+
+
+def serve_all(servers: list[RewardServer]):
+    """
+    What [`serve`] does, with several servers in one process.
+
+    Args:
+        servers (`list[RewardServer]`): They have not been started.
+    """
 
     def interrupt(signal_number, frame):
         signal.signal(signal.SIGTERM, before)  # the second one is not to be waited for
         raise KeyboardInterrupt
 
-    server = RewardServer(reward, host, port, **settings)
     logging.basicConfig(format="%(asctime)s %(message)s")
     logger.setLevel(logging.INFO)
     before = signal.signal(signal.SIGTERM, interrupt)
-    server.start()
     try:
-        server.wait_until_ready()
-        print(f"Reward {server.name!r} is served at {server.url} (Ctrl-C stops it)", flush=True)  # noqa: T201
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait_until_ready()
+            print(f"Reward {server.name!r} is served at {server.url} (Ctrl-C stops it)", flush=True)  # noqa: T201
         threading.Event().wait()
     except KeyboardInterrupt:
         logger.info("Finishing what is queued. Ctrl-C again stops at once.")
     finally:
-        server.stop()
+        for server in servers:
+            server.stop()
         signal.signal(signal.SIGTERM, before)
 
 

@@ -160,12 +160,20 @@ class PushArguments:
 class ServeArguments(NamedReward):
     POSITIONALS: ClassVar = ("name",)
 
+    name: list[str] = field(
+        metadata={
+            "help": "Rewards to serve, each at a port of its own: names as above, or with settings as JSON "
+            '(\'{"ocr": {"match": "exact"}}\').'
+        }
+    )
     host: str = field(
         default="127.0.0.1", metadata={"help": "Address to listen on. Any but this machine's own needs a token."}
     )
-    port: int = field(default=8000, metadata={"help": "Port to listen on; 0 takes a free one."})
+    port: int = field(
+        default=8000, metadata={"help": "Port to listen on; 0 takes a free one. Of several rewards, the first one's."}
+    )
     batch_size: int = field(default=16, metadata={"help": "Most pictures per call of the reward."})
-    max_queue: int = field(default=256, metadata={"help": "Most requests at a time; more are asked to come again."})
+    max_queue: int = field(default=256, metadata={"help": "Most requests at a time; more wait."})
     max_body_mib: float = field(default=64, metadata={"help": "Largest request, in MiB."})
     max_images: int = field(default=256, metadata={"help": "Most pictures in a request."})
     max_megapixels: float = field(default=64, metadata={"help": "Most pixels in all pictures of a request together."})
@@ -176,9 +184,50 @@ class ServeArguments(NamedReward):
         default=None,
         metadata={"help": "What clients must know. The environment variable TRL_FLOW_REWARD_TOKEN is safer."},
     )
-    device: str | None = field(
-        default=None, metadata={"help": "Device of the reward's model. By default an accelerator if there is one."}
+    device: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Device of the reward's model, such as cuda:7; by default an accelerator if there is one. Of several, "
+            "a reward has a copy on each; several rewards have one each."
+        },
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.name) > 1 and (self.settings or self.revision):
+            given = "settings" if self.settings else "revision"
+            raise ValueError(
+                f"{given}: of which of {len(self.name)} rewards? Give each its own: "
+                '\'{"ocr": {"match": "exact"}}\', user/repo@revision.'
+            )
+        if self.device and len(self.name) > 1 and len(self.device) not in (1, len(self.name)):
+            raise ValueError(
+                f"{len(self.device)} devices for {len(self.name)} rewards: expected one for all, or one for each. Copies of "
+                "one reward on several devices are a command of their own."
+            )
+
+    def load_all(self) -> list[dict]:
+        """Of each reward, `reward`, `spec` and `device` of a [`~rewards.server.RewardServer`]."""
+        from ..rewards import load_reward, parse_reward
+
+        loaded = []
+        for number, reward in enumerate(self.name):
+            name, given = parse_reward(reward)
+            spec = {name: {**given, **self.settings}}
+            devices = self.device or [None]
+            if len(self.name) > 1:
+                devices = [devices[number % len(devices)]]
+            if self.device and "device" in spec[name]:
+                raise ValueError(
+                    f"reward={name!r} has a device in its settings, and device={self.device}: give one of them."
+                )
+            trust = self.trust_remote_code or None
+            copies = [load_reward(spec, revision=self.revision, trust_remote_code=trust) for _ in devices]
+            alone = len(copies) == 1
+            loaded.append(
+                {"reward": copies[0] if alone else copies, "spec": spec, "device": devices[0] if alone else devices}
+            )
+        return loaded
 
 
 def list_rewards() -> int:
@@ -376,14 +425,15 @@ def push(args: PushArguments) -> int:
 
 
 def serve(args: ServeArguments) -> int:
-    """Serve a reward until it is interrupted."""
-    from ..rewards import parse_reward
-    from ..rewards.server import serve as serve_reward
+    """Serve rewards until they are interrupted."""
+    from ..rewards.server import RewardServer, serve_all
 
-    named = {field.name for field in dataclasses.fields(NamedReward)}
-    settings = {key: value for key, value in vars(args).items() if key not in named}
-    name, given = parse_reward(args.name)
-    serve_reward(args.load(), spec={name: {**given, **args.settings}}, **settings)
+    own = {field.name for field in dataclasses.fields(NamedReward)} | {"device", "port"}
+    settings = {key: value for key, value in vars(args).items() if key not in own}
+    servers = []
+    for number, loaded in enumerate(args.load_all()):
+        servers.append(RewardServer(**loaded, port=args.port + number if args.port else 0, **settings))
+    serve_all(servers)
     return 0
 
 
@@ -394,7 +444,7 @@ ACTIONS = {
     "new": (new_reward, NewArguments, "write a reward to start from, with its card"),
     "check": (check, CheckArguments, "call a reward on drawn pictures: protocol, determinism, batching, speed"),
     "push": (push, PushArguments, "check a directory, and publish it on the Hub"),
-    "serve": (serve, ServeArguments, "score pictures for other machines, over HTTP"),
+    "serve": (serve, ServeArguments, "score pictures for other processes and machines, over HTTP"),
 }
 
 EXAMPLES = """Examples:
@@ -405,7 +455,7 @@ EXAMPLES = """Examples:
   trl-flow rewards check ./my_reward --trust_remote_code
   trl-flow rewards push my_reward user/my-reward --trust_remote_code
   trl-flow rewards check user/my-reward@COMMIT --trust_remote_code
-  trl-flow rewards serve pickscore --port 8000"""
+  trl-flow rewards serve pickscore --port 8000 --device cuda:6 cuda:7"""
 
 
 class ActionParser(FlowParser):
@@ -414,7 +464,11 @@ class ActionParser(FlowParser):
     def __init__(self, arguments: type | None, **kwargs):
         super().__init__((arguments,) if arguments else (), **kwargs)
         self.positionals = arguments.POSITIONALS if arguments else ()
-        self.usage = " ".join([self.prog, *(name.upper() for name in self.positionals), "[--NAME VALUE ...]"])
+        self.many = (
+            {field.name for field in dataclasses.fields(arguments) if field.type == list[str]} if arguments else ()
+        )
+        shown = [name.upper() + (" ..." if name in self.many else "") for name in self.positionals]
+        self.usage = " ".join([self.prog, *shown, "[--NAME VALUE ...]"])
 
     def parse_args_and_config(self, args=None, **kwargs):
         args, first = list(args), []
@@ -422,6 +476,8 @@ class ActionParser(FlowParser):
             if not args or args[0].startswith("-"):
                 break
             first += [f"--{name}", args.pop(0)]
+            while name in self.many and args and not args[0].startswith("-"):
+                first.append(args.pop(0))
         return super().parse_args_and_config([*first, *args], **kwargs)
 
 
