@@ -94,6 +94,38 @@ def test_what_a_reward_may_return(make):
     assert scores[:, 0].tolist() == list(range(8))
 
 
+def hundred() -> tuple[list[str], list]:
+    return [str(number) for number in range(100)], [Image.new("RGB", (2, 2), (number, 0, 0)) for number in range(100)]
+
+
+def test_what_raises_for_every_sample_is_not_called_for_each():
+    calls = []
+
+    def broken(images, **kwargs):
+        calls.append([number_of(image) for image in images])
+        raise TypeError(f"{len(images)} pictures")
+
+    _, failed, errors = score([broken], ["broken"], *hundred())
+    assert [len(call) for call in calls] == [100, 50, 50] + [1] * 8
+    assert sum(calls[3:], []) == [0, 12, 24, 36, 48, 60, 72, 84]
+    assert failed.all() and len(errors["broken"]) == 100
+
+
+@pytest.mark.parametrize("good", [[99], [24], [7, 8, 9], range(0, 100, 5), range(10, 100)])
+def test_nor_are_samples_given_up_that_have_a_score(good):
+    """However few: as long as one of those that are tried has one, or the errors differ, all are looked at."""
+
+    def fragile(images, **kwargs):
+        numbers = [number_of(image) for image in images]
+        if bad := [number for number in numbers if number not in good]:
+            raise (ValueError if bad[0] % 24 else TypeError)(bad)
+        return numbers
+
+    scores, failed, _ = score([fragile], ["fragile"], *hundred())
+    assert [number for number in range(100) if not failed[number, 0]] == list(good)
+    assert scores[~failed].tolist() == list(good)
+
+
 def test_a_missing_score_is_no_number():
     values = [0.5, None, NAN, math.inf, -math.inf, True, np.float32(0.25), torch.tensor(2.0)]
     scores, failed, errors = score([lambda images, **kwargs: values], ["r"], PROMPTS, IMAGES)

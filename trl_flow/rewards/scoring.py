@@ -19,7 +19,7 @@ import functools
 import inspect
 import math
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Hashable
 from concurrent.futures import Executor, Future
 from typing import NamedTuple
@@ -35,6 +35,8 @@ from .threads import DaemonExecutor
 logger = get_logger(__name__)
 
 FRAMES_PER_VIDEO = 8
+# Samples that are scored alone, before a function that has raised for all is taken to raise for every one.
+ALONE = 8
 
 
 class NothingToLearnError(ValueError):
@@ -131,7 +133,8 @@ def start_scoring(
 
     Functions that have a thread are started in it; the others have run when this returns. A function that raises is
     called again on halves of the batch until the samples that make it raise are alone; those have no score. One that
-    raises [`RewardUnavailableError`] is not called again. A function of scope `"group"` is called once for each group.
+    raises the same kind of error for the batch, for both halves and for 8 samples alone, or
+    [`RewardUnavailableError`], is not called again. A function of scope `"group"` is called once for each group.
 
     Videos are lists of frames. A function with an argument `videos` gets them whole; any other one scores pictures, and
     gets up to 8 frames of each video, evenly spaced: their mean is the video's score.
@@ -233,9 +236,10 @@ def _score_parts(
         left.difference_update(rows)
 
     # No recursion: a function that refers to itself would keep the pictures until the next garbage collection.
-    parts = list(reversed(parts))
+    parts, calls, kinds = deque(parts), 0, set()
     while parts:
-        rows = parts.pop()
+        rows = parts.popleft()
+        calls += 1
         noted = {}
         arguments = {column: [values[row] for row in rows] for column, values in table.items()} | extras
         if "log_extra" in extras:
@@ -255,8 +259,20 @@ def _score_parts(
                 fail(rows, error)
             else:
                 middle = len(rows) // 2
-                parts += [rows[middle:], rows[:middle]]
+                parts += [rows[:middle], rows[middle:]]
+            kinds.add(type(error))
+            # Nothing but this error so far, for the whole, for its halves, and then for a few samples alone: it is no
+            # sample's fault, and as many calls as there are samples would not find one that has a score.
+            if whole or len(kinds) > 1 or n * repeats <= 2 * ALONE:
+                pass
+            elif calls == 3:
+                alone = sorted(left)[:: len(left) // ALONE][:ALONE]
+                parts = deque([[row] for row in alone] + [[row for row in part if row not in alone] for part in parts])
+            elif calls == 3 + ALONE:
+                fail(sorted(left), error)
+                break
             continue
+        kinds.add(None)  # it can work
         scores[rows], failed[rows] = _as_scores(result, name, len(rows))
         left.difference_update(rows)
         for column, values in noted.items():
