@@ -73,7 +73,8 @@ class MockJudge:
     Args:
         fault (`Callable`, *optional*): Called with the number of the attempt (from 0, counted for each question apart),
             the text and the pictures, before a question is judged. Returns `None`, an HTTP status, a dictionary with
-            `status` and, if wanted, `headers` and `body`, `"hang"`, or `"cut"`: an answer that breaks off.
+            `status` and, if wanted, `headers` and `body`, `"hang"`, `"cut"`: an answer that breaks off, or `"drops"`: one
+            that takes half a minute.
         judge (`Callable`): From text and pictures to `content` and, if wanted, `first_token`, `top_logprobs` (instead of
             those that belong to it) and `finish_reason`.
         port (`int`): 0 for any free one.
@@ -136,8 +137,12 @@ class MockJudge:
             handler.send_response(answer["status"])
             for name, value in {"Content-Type": "application/json", **answer.get("headers", {})}.items():
                 handler.send_header(name, value)
-            handler.send_header("Content-Length", str(len(payload) + answer.get("missing", 0)))
+            drops = answer.get("drops", 0)
+            handler.send_header("Content-Length", str(drops + len(payload) + answer.get("missing", 0)))
             handler.end_headers()
+            for _ in range(drops):
+                handler.wfile.write(b" ")
+                self._released.wait(0.05)
             handler.wfile.write(payload)
         except ConnectionError:  # the client did not wait
             pass
@@ -151,6 +156,8 @@ class MockJudge:
         if fault == "hang":
             self._released.wait(30)
             fault = 503
+        if fault == "drops":
+            return {"status": 200, "body": _completion(body, "Yes"), "drops": 600}
         if fault == "cut":
             return {"status": 200, "body": _completion(body, "Yes"), "missing": 100}
         if isinstance(fault, int):

@@ -19,14 +19,16 @@ import collections
 import itertools
 import logging
 import math
+import os
 import random
 import socket
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 from mock_judge import MockJudge
 from PIL import Image
 
@@ -42,8 +44,7 @@ QUICK = {"backoff": 0.001, "max_wait": 30.0, "timeout": 30.0}
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """The client may send (to the loopback server), and finds no key but the one of a test."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    """No key is found but the one of a test."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -607,12 +608,33 @@ def test_works_inside_a_running_event_loop():
         assert asyncio.run(notebook_cell()) == pytest.approx([0.75])
 
 
-def test_offline_mode_is_named(monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+def test_a_judge_is_asked_offline_too():
+    """`HF_HUB_OFFLINE` is about the Hub."""
+    script = (
+        "import sys\n"
+        "from PIL import Image\n"
+        "from trl_flow.rewards.judges import load_judge\n"
+        "print(load_judge(sys.argv[1])(['red'], [Image.new('RGB', (4, 4), (30, 10, 0))]))"
+    )
     with MockJudge() as server:
-        with pytest.raises(RewardUnavailableError, match="HF_HUB_OFFLINE"):
-            judge(server)(["red"], [picture(1, 1, 1)])
-        assert server.posts == []
+        command = [sys.executable, "-c", script, f"eyes@{server.base_url}"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert outcome.stdout.startswith("[0.7"), outcome.stderr
+
+
+def test_an_answer_in_drops_is_not_waited_for_for_ever():
+    """Each drop comes in time, and the whole would take half a minute."""
+    with MockJudge(lambda attempt, text, images: "drops" if attempt == 0 else None) as server:
+        assert judge(server, timeout=0.3)(["red"], [picture(30, 10, 0)]) == pytest.approx([0.75])
+        assert len(server.posts) == 2
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
+def test_what_an_address_may_end_with(path):
+    with MockJudge() as server:
+        reward = load_judge(f"eyes@http://127.0.0.1:{server.port}{path}", **QUICK)
+        assert reward(["red"], [picture(30, 10, 0)]) == pytest.approx([0.75])
 
 
 # ---------------------------------------------------------------------------------------------------------------- keys

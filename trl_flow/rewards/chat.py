@@ -27,10 +27,9 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import httpx2
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 
+from .remote import is_loopback, request_within
 from .reward import RewardUnavailableError
 from .threads import DaemonExecutor
 
@@ -99,8 +98,8 @@ class ChatEndpoint:
         model (`str`): Name under which the server knows the model.
         api_key (`str`, *optional*): Otherwise the environment variable `OPENAI_API_KEY`, or none.
         max_workers (`int`): Requests that are under way at once.
-        timeout (`float`): Seconds without a byte from the server after which a request is given up and sent again. The
-            client has no other limit: a server that goes on sending, however slowly or much, is waited for.
+        timeout (`float`): Seconds that a whole answer may take. Then the request is given up and sent again, also while
+            the server goes on sending.
         max_wait (`float`): Seconds after which a request that keeps failing is not sent again.
         backoff (`float`): First pause in seconds.
 
@@ -141,9 +140,22 @@ class ChatEndpoint:
         self.max_wait = max_wait
         self.backoff = backoff
         self._key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
-        # Given no key, the client would send the user's Hugging Face token to whatever server this is. "EMPTY" is what
-        # servers without keys are sent by custom.
-        self._client = InferenceClient(base_url=base_url, api_key=self._key or "EMPTY", timeout=timeout)
+        path = address.path.rstrip("/")
+        if not path.endswith("/chat/completions"):
+            path += "/chat/completions" if path.endswith("/v1") else "/v1/chat/completions"
+        self._url = f"{address.scheme}://{address.netloc}{path}"
+        self._timeout = timeout
+        # Not huggingface_hub's client, which asks nobody at all while HF_HUB_OFFLINE is set, this machine's own servers
+        # neither, and has no limit for an answer that comes in drops.
+        self._client = httpx2.Client(
+            # What servers without keys are sent by custom.
+            headers={"Authorization": f"Bearer {self._key or 'EMPTY'}"},
+            verify=address.scheme == "https",
+            trust_env=not is_loopback(address.hostname),  # a proxy cannot reach this machine
+            follow_redirects=True,
+            timeout=httpx2.Timeout(timeout, pool=None),
+            limits=httpx2.Limits(max_connections=max_workers),
+        )
         # Its own generator: a pause must not change what is sampled next.
         self._random = random.Random()
 
@@ -158,7 +170,7 @@ class ChatEndpoint:
 
         Args:
             questions (`list[Question]`): n questions.
-            parameters: Further arguments of [`~huggingface_hub.InferenceClient.chat_completion`].
+            parameters: Further fields of the request; `None` leaves one out.
 
         Raises:
             RewardUnavailableError: If the server refuses the key, the model or the address, or answers no question at
@@ -215,30 +227,25 @@ class ChatEndpoint:
 
     def _send(self, messages: list[dict], parameters: dict) -> "Reply | _Trouble":
         """One attempt."""
+        content = {"model": self.model, "messages": messages, "temperature": 0, **parameters}
+        content = {name: value for name, value in content.items() if value is not None}
         try:
-            return _read(self._client.chat_completion(messages, model=self.model, temperature=0, **parameters))
-        except OfflineModeIsEnabled:
+            response = request_within(self._client, self._timeout, "POST", self._url, json=content)
+        except httpx2.RequestError as error:
+            return _Trouble(self._excerpt(f"{type(error).__name__}: {error}"))
+        if not response.is_success:
+            status = response.status_code
             return _Trouble(
-                "huggingface_hub's client sends nothing, not even to a server of one's own, while HF_HUB_OFFLINE or "
-                "TRANSFORMERS_OFFLINE is set",
-                remedy="Unset it.",
+                self._excerpt(f"{status} {response.reason_phrase}: {response.text}"),
+                remedy=_NEVER_WORKS.get(status, ""),
+                server_is_up=status < 500,
+                is_final=status < 500 and status not in _LATER,
+                retry_after=_retry_after(response.headers.get("retry-after")),
             )
-        except Exception as error:
-            response = _response_of(error)
-            if response is not None:
-                status = response.status_code
-                return _Trouble(
-                    self._excerpt(f"{status} {response.reason_phrase}: {_body(response)}"),
-                    remedy=_NEVER_WORKS.get(status, ""),
-                    server_is_up=status < 500,
-                    is_final=status < 500 and status not in _LATER,
-                    retry_after=_retry_after(response.headers.get("retry-after")),
-                )
-            if isinstance(error, httpx2.HTTPError):
-                return _Trouble(self._excerpt(f"{type(error).__name__}: {error}"))
-            if isinstance(error, (ValueError, TypeError, LookupError, AttributeError)):
-                return Reply("", remark=f"no chat completion: {self._excerpt(str(error))}")
-            raise
+        try:
+            return _read(response.json())
+        except (ValueError, TypeError, LookupError, AttributeError):
+            return Reply("", remark=f"no chat completion: {self._excerpt(response.text)}")
 
     def _excerpt(self, text: str) -> str:
         """The beginning of a message of the server, which may quote the key that it was sent."""
@@ -255,34 +262,17 @@ def _data_url(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
 
 
-def _read(answer) -> Reply:
-    choice = answer.choices[0]
-    text = choice.message.content or ""
-    tokens = choice.logprobs.content if choice.logprobs else None
+def _read(answer: dict) -> Reply:
+    choice = answer["choices"][0]
+    text = choice["message"].get("content")
+    tokens = (choice.get("logprobs") or {}).get("content")
     # Some servers fill these in, and leave the list empty.
-    likeliest = getattr(tokens[0], "top_logprobs", None) if tokens else None
+    likeliest = tokens[0].get("top_logprobs") if tokens else None
     return Reply(
         text=text if isinstance(text, str) else "",
-        first_token=[(token.token, token.logprob) for token in likeliest] if likeliest else None,
-        remark=CUT_OFF if choice.finish_reason == "length" else "",
+        first_token=[(token["token"], token["logprob"]) for token in likeliest] if likeliest else None,
+        remark=CUT_OFF if choice.get("finish_reason") == "length" else "",
     )
-
-
-def _response_of(error: BaseException | None) -> httpx2.Response | None:
-    """The answer of the server that made a request fail. Over an error whose JSON is no object, the client itself
-    fails: then it is in what came before."""
-    while error is not None:
-        if isinstance(response := getattr(error, "response", None), httpx2.Response):
-            return response
-        error = error.__context__
-    return None
-
-
-def _body(response: httpx2.Response) -> str:
-    try:
-        return response.text
-    except httpx2.StreamError:  # it broke off
-        return ""
 
 
 def _retry_after(header: str | None) -> float:

@@ -57,8 +57,7 @@ class Judge(Reward):
         extra_body (`dict`, *optional*): Further fields of the request: `{"chat_template_kwargs": {"enable_thinking":
             false}}` keeps a thinking model from it.
         max_workers (`int`): Requests that are under way at once.
-        timeout (`float`): Seconds without a byte from the server after which a request is given up and sent again. One
-            that goes on sending, however slowly, is waited for.
+        timeout (`float`): Seconds that a whole answer may take. Then the request is given up and sent again.
         max_wait (`float`): Seconds after which a request that keeps failing is not sent again.
         backoff (`float`): First pause between two attempts, in seconds. It doubles each time, up to a minute.
     """
@@ -104,7 +103,8 @@ class Judge(Reward):
         """
         if not questions:
             return []
-        replies = self._endpoint.ask(questions, max_tokens=self.max_tokens, extra_body=self.extra_body, **parameters)
+        fields = {"max_tokens": self.max_tokens, **parameters, **(self.extra_body or {})}
+        replies = self._endpoint.ask(questions, **fields)
         failed = [reply.reason for reply in replies if isinstance(reply, Failure)]
         verdicts = [
             None if isinstance(reply, Failure) else read(number, reply) for number, reply in enumerate(replies)
