@@ -151,7 +151,8 @@ class DDIMQueryScheduler(DDIMScheduler):
                 f"nearest is {self.training_sigmas[timestep].item()} of timestep {timestep.item()}. Take sigmas from "
                 "FlowPolicy.sigmas()."
             )
-        self.timesteps = timestep[None].to(device)
+        # Written by a kernel: a copy to the device would make the host wait for it.
+        self.timesteps = torch.full((1,), timestep.item(), dtype=torch.int64, device=device)
         self.num_inference_steps = 1
         self.velocity = None
 
@@ -178,8 +179,12 @@ class DDIMIdleScheduler(DDIMScheduler):
     """
 
     grid: torch.Tensor | None = None
+    grid_arguments: tuple | None = None
 
     def set_timesteps(self, num_inference_steps=None, device=None):
+        # Each batch that is decoded asks for the same grid again.
+        if (num_inference_steps, device) == self.grid_arguments:
+            return
         super().set_timesteps(num_inference_steps, device=device)
         timesteps = self.timesteps.cpu()
         if timesteps[0] >= len(self.alphas_cumprod):
@@ -198,6 +203,7 @@ class DDIMIdleScheduler(DDIMScheduler):
             )
         self.grid = flow_sigmas(squared).float()
         self.timesteps = self.timesteps[:0]
+        self.grid_arguments = num_inference_steps, device
 
     @property
     def final_sigma(self) -> float:

@@ -265,9 +265,12 @@ class FlowPolicy(nn.Module):
         batches = self._batches(conditioning)
         if len(batches) == 1:
             return self._velocity(latents, sigma, conditioning)
-        rows = torch.tensor([row for batch in batches for row in batch], device=latents.device)
-        velocities = [self._velocity(latents[batch], sigma, [conditioning[row] for row in batch]) for batch in batches]
-        return torch.cat(velocities)[rows.argsort()]
+        # Row by row: indices would be copied to the device, which makes the host wait for it.
+        velocities = {}
+        for batch in batches:
+            rows, part = torch.stack([latents[row] for row in batch]), [conditioning[row] for row in batch]
+            velocities |= zip(batch, self._velocity(rows, sigma, part), strict=True)
+        return torch.stack([velocities[row] for row in range(len(latents))])
 
     def _velocity(self, latents: torch.Tensor, sigma: float, conditioning: list[Condition]) -> torch.Tensor:
         scheduler = self._query.scheduler
@@ -436,12 +439,11 @@ class FlowPolicy(nn.Module):
             batch_size = 1  # a video fills a decoder, and not all of them take several
         decoded = {}
         for batch in self._batches(conditioning):
-            for rows in torch.tensor(batch).split(batch_size or len(batch)):
-                part = [conditioning[row] for row in rows.tolist()]
-                pictures = self._ask(
-                    self._idle, self._idle_answers, latents[rows.to(latents.device)], part, output_type="pt"
-                )
-                decoded |= zip(rows.tolist(), pictures.float().cpu(), strict=True)
+            size = batch_size or len(batch)
+            for rows in (batch[start : start + size] for start in range(0, len(batch), size)):
+                part = torch.stack([latents[row] for row in rows]), [conditioning[row] for row in rows]
+                pictures = self._ask(self._idle, self._idle_answers, *part, output_type="pt")
+                decoded |= zip(rows, pictures.float().cpu(), strict=True)
         return torch.stack([decoded[row] for row in range(len(latents))])
 
     @functools.cached_property
@@ -490,7 +492,7 @@ class FlowPolicy(nn.Module):
                 f"{num_inference_steps + 1} values that descend from at most 1 to {end}."
             )
         if self.is_flow:
-            known = dict(zip(grid[:-1].tolist(), idle.grid_timesteps, strict=True))
+            known = dict(zip(grid[:-1].tolist(), idle.grid_timesteps.tolist(), strict=True))
             self._query.scheduler.known_timesteps = {**self._query.scheduler.known_timesteps, **known}
         return grid
 

@@ -99,9 +99,9 @@ def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: float, sigm
         latents, velocity (`torch.Tensor` of shape `(n, *latent)`): x at `sigma`, and v = eps - x0.
         sigma, sigma_next (`float`): Flow times that float32 represents exactly, as a grid of float32 sigmas does.
     """
-    # The scheduler subtracts float32 tensors; a float64 difference would round differently.
-    step = (torch.tensor(sigma_next) - torch.tensor(sigma)).item()
-    return latents + step * velocity
+    # The scheduler subtracts float32 tensors. The difference of these numbers in float64, rounded to the dtype of what it
+    # multiplies, is the same number: float64 has more than twice the digits.
+    return latents + (sigma_next - sigma) * velocity
 
 
 def second_order_step(
