@@ -104,6 +104,9 @@ class Query(Uncopied):
                 timestep = float(np.interp(self.sigma, *zip(*table, strict=True)))
         dtype = torch.int64 if isinstance(timestep, int) else torch.float32
         self.timesteps = torch.full((1,), timestep, dtype=dtype, device=device)
+        # UniPC and its like keep sigmas on the CPU, and a pipeline that reads them there (Wan) does not wait.
+        if self.config.get("use_flow_sigmas"):
+            device = "cpu"
         sigma = torch.full((1,), self.sigma, dtype=torch.float32, device=device)
         self.sigmas = torch.cat([sigma, torch.zeros_like(sigma)])
         self.num_inference_steps = 1
