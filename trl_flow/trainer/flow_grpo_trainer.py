@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import DynamoBackend, set_seed
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
@@ -322,6 +322,12 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             )
         check_gradient_scale(self.policy.gradient_scale, self.accelerator.distributed_type)
         self.model_accepts_loss_kwargs = False
+        # What `torch_compile` or the launcher asks for. accelerate would compile the policy as a whole, which is the pipeline's
+        # own code, and that is not made for it.
+        dynamo = self.accelerator.state.dynamo_plugin
+        if dynamo.backend != DynamoBackend.NO:
+            self.policy.compile(**dynamo.to_kwargs() | {"backend": dynamo.backend.value.lower()})
+            dynamo.backend = DynamoBackend.NO
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another one in a notebook
         self.remove_callback(PrinterCallback)
         if not args.disable_tqdm:
