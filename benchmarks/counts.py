@@ -26,7 +26,7 @@ are a fixed sequence, whatever the pictures are, so that rounding decides about 
 - decoder calls, pictures decoded: of the VAE;
 - reward calls, pictures scored: of a trained reward function, and in evaluations also of a watched one;
 - encoder calls: forward passes of the three text encoders, for each prompt that the run has not had before;
-- collectives: calls of torch.distributed's operations, also those that DDP makes in the backward pass;
+- collectives: calls of torch.distributed's operations, of which DDP makes some as it is set up;
 - host syncs: operations that would make the host wait if the tensor were on a GPU: aten's _local_scalar_dense (`.item()`,
   `bool()`, `float()`, `int()`), nonzero, masked_select, unique, repeat_interleave with counts as a tensor, indices that are
   masks, and `.tolist()`, `.cpu()` and `.to("cpu")`. On a CPU nobody can tell which tensors are on the CPU also when there is a
@@ -89,7 +89,7 @@ COUNTS = (
 PHASE_METHODS = {
     "setup": "check_reward_functions",
     "rollout": "_generate_and_score",
-    "training": "_forward_backward",
+    "training": "training_step",  # less the rollout that the first one of a few begins with
     "evaluation": "evaluate",
 }
 # Elsewhere torch's optimizers, checkpoints and loggers wait, as their versions please.
@@ -306,7 +306,7 @@ def count(name: str) -> tuple[dict[str, dict[str, int]], float]:
         counts.phase = "rest"
         trainer.train()
     if not counts.numbers["training"]["collectives"]:
-        raise RuntimeError("Gradients were reduced by no collective: accelerate has not found the process group.")
+        raise RuntimeError("Gradients were averaged by no collective: accelerate has not found the process group.")
     return counts.table(), time.perf_counter() - began
 
 

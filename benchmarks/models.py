@@ -57,7 +57,7 @@ REMARKS = {"HunyuanVideo15ImageToVideoPipeline": "square pictures"}
 SHORT = {
     "one prompt at a time": "one row at a time",
     "runs within every velocity evaluation": "encodes in every evaluation",
-    "ddp_find_unused_parameters": "unused layers",
+    "take no part in an evaluation": "unused layers",
     "zero gradient": "discarded layers",
     "rounding of float32": "rounding",
 }
@@ -98,8 +98,7 @@ Notes in the table:
   comparison. float32 rounds at about 1e-5 of such velocities; no other difference is left.
 - *discarded layers*: some layers have a gradient of zero, because the model throws away what they compute (the text side
   of its last block). No fault.
-- *unused layers*: some layers take no part in an evaluation. Training on several GPUs needs
-  `ddp_find_unused_parameters=True`.
+- *unused layers*: some layers take no part in an evaluation, and are not trained. No fault.
 - *one row at a time*: the pipeline takes one prompt at a time, so rows are evaluated one after the other. Correct, slower.
 - *encodes in every evaluation*: an encoder runs within each velocity evaluation instead of once per prompt. Correct, slower.
 - *square pictures*: the picture says the size of the video, and all rows have one size.

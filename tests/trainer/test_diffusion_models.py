@@ -92,7 +92,8 @@ def test_samples_are_noised_as_they_are_decoded(make_trainer):
     trainer._generate_and_score = noted
     trainer.train()
     (part,) = parts
-    for chunk in trainer._chunks(part):
+    for at in trainer._trained_steps(part):
+        chunk = trainer._chunk(part, at, slice(None))
         # x = (1 - s) x0 + s eps and the target is eps - x0.
         clean = chunk.latents - chunk.sigma * chunk.next_latents
         members = chunk.members[2]

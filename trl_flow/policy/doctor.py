@@ -481,8 +481,7 @@ def _compare_training(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, conditio
 def _note_gradients(policy: FlowPolicy, diagnosis: Diagnosis, trained: list[str], reached: set, unused: set):
     """
     Weights whose output the model discards (the text stream of its last block) have a zero gradient, which is no
-    fault. Those that an evaluation does not touch have none, for which DDP waits in vain. Of two denoisers one is
-    never touched, which the trainers know.
+    fault. Those that an evaluation does not touch have none. Of two denoisers one is never touched.
     """
     zero = [name for name in trained if name not in reached and name not in unused]
     if zero:
@@ -492,9 +491,9 @@ def _note_gradients(policy: FlowPolicy, diagnosis: Diagnosis, trained: list[str]
         )
     unused = [name for name in trained if name in unused]
     if unused and len(policy.components) == 1:
-        diagnosis.warnings.append(
+        diagnosis.notes.append(
             f"{len(unused)} of {len(trained)} trained tensors take no part in an evaluation, such as "
-            f"{_short(unused[0])}: training on several GPUs needs ddp_find_unused_parameters=True"
+            f"{_short(unused[0])}: they stay as they are"
         )
 
 

@@ -41,8 +41,6 @@ class PipelineFamily:
         diffusion (`bool`): Whether the models predict noise or v, whatever their scheduler is.
         image (`str` or `None`): Whether a picture beside the prompt is `"required"` or `"optional"`; `None` where the
             pipeline takes none.
-        unused_layers (`bool`): Whether some of the adapted layers take no part in an evaluation (the text stream of a last
-            block), which DDP must be told.
         inferred (`bool`): Whether this is no record but what inspection of an unknown pipeline found.
     """
 
@@ -61,7 +59,6 @@ class PipelineFamily:
     num_frames: int | None = None
     diffusion: bool = False
     image: str | None = None
-    unused_layers: bool = False
     inferred: bool = False
 
 
@@ -127,7 +124,6 @@ QWEN_IMAGE = PipelineFamily(
     negative_prompt=" ",
     height=512,
     width=512,
-    unused_layers=True,
 )
 
 QWEN_IMAGE_EDIT = PipelineFamily(
@@ -142,7 +138,6 @@ QWEN_IMAGE_EDIT = PipelineFamily(
     height=512,
     width=512,
     image="required",
-    unused_layers=True,
 )
 
 Z_IMAGE = PipelineFamily(
@@ -190,7 +185,6 @@ HIDREAM = PipelineFamily(
     pipelines=("HiDreamImagePipeline",),
     lora_target_modules=("to_k", "to_k_t", "to_out", "to_out_t", "to_q", "to_q_t", "to_v", "to_v_t"),
     guidance_scale=5.0,
-    unused_layers=True,  # experts that no token was sent to
 )
 
 WAN = PipelineFamily(
@@ -246,7 +240,6 @@ HUNYUAN_VIDEO_1_5 = PipelineFamily(
     height=240,
     width=416,
     num_frames=33,
-    unused_layers=True,
 )
 
 # Stable Diffusion 1 and 2, which share a pipeline. Attention is what DDPO and diffusers' text-to-image scripts adapt.
@@ -343,7 +336,6 @@ def find_family(pipeline: DiffusionPipeline) -> PipelineFamily:
         guidance_scale=float(default) if isinstance(default, (int, float)) else 1.0,
         num_eval_inference_steps=steps if isinstance(steps, int) else 50,
         image=image,
-        unused_layers=True,  # it may have some
         inferred=True,
     )
 

@@ -65,6 +65,7 @@ from .arguments import (
     load_rewards,
     own_prompts,
 )
+from .batch_size import BatchSize
 from .evaluation import EvaluationMixin
 from .flow_grpo_config import FlowGRPOConfig
 from .noise_table import load_noise_table
@@ -263,12 +264,6 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             generation_kwargs=args.generation_kwargs,
             full_finetuning=args.full_finetuning,
         )
-        denoisers = [name for name in self.policy.family.components if getattr(pipeline, name, None) is not None]
-        if len(self.policy.components) < len(denoisers) and args.world_size > 1:
-            raise ValueError(
-                f"Only {', '.join(self.policy.components)} of {', '.join(denoisers)} has an adapter: on several processes, "
-                "steps without a gradient would leave them waiting for each other. Give the other one an adapter too."
-            )
         if args.num_eval_inference_steps is None:
             args.num_eval_inference_steps = self.policy.family.num_eval_inference_steps
         for name, (_, weights) in adapter.items():
@@ -290,6 +285,11 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         sizes = [-self.sigmas.diff()[step].item() for step in self.sde_steps]
         self._step_weights = dict(zip(self.sde_steps, step_weights(args.step_weighting, stds, sizes), strict=True))
 
+        self.batch_sizes = {
+            "sampling": BatchSize("Sampling", "rollout_batch_size", args.rollout_batch_size),
+            "decoding": BatchSize("Decoding", "rollout_batch_size", args.rollout_batch_size),
+            "training": BatchSize("Training", "transition_batch_size", args.transition_batch_size),
+        }
         self._extra_columns = defaultdict(list)
         self._saving_checkpoint = False
         self._last_reward_error = None
@@ -303,9 +303,6 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         self._rows_trained = 0
         self._elapsed = 0.0
         self._saved_after = None
-        if args.ddp_find_unused_parameters is None:
-            # Of two denoisers only one is used at a time.
-            args.ddp_find_unused_parameters = self.policy.family.unused_layers or len(self.policy.components) > 1
         super().__init__(
             model=self.policy,
             args=args,

@@ -48,26 +48,23 @@ class ForwardProcessTrainer(FlowGRPOTrainer):
     def _resolve_noise_levels(self):
         return [0.0] * self.args.num_inference_steps
 
-    def _chunks(self, inputs):
-        shape = inputs["nodes"].shape[2:]
-        for chunk in super()._chunks(inputs):
-            groups, _, members = (index.tolist() for index in chunk.members)
-            noise = {
-                group: seeded_noise(
-                    self.args.seed,
-                    "forward",
-                    inputs["keys"][group],
-                    chunk.step,
-                    num_draws=self.num_generations,
-                    latent_shape=shape,
-                )
-                for group in set(groups)
-            }
-            noise = torch.stack([noise[group][member] for group, member in zip(groups, members, strict=True)])
-            noise = noise.to(chunk.latents.device)
-            clean = self.policy.clean(chunk.next_latents)
-            yield dataclasses.replace(
-                chunk,
-                latents=(1 - chunk.sigma) * clean + chunk.sigma * noise,
-                next_latents=noise - clean,
+    def _chunk(self, inputs, at, part):
+        chunk, shape = super()._chunk(inputs, at, part), inputs["nodes"].shape[2:]
+        groups, _, members = (index.tolist() for index in chunk.members)
+        noise = {
+            group: seeded_noise(
+                self.args.seed,
+                "forward",
+                inputs["keys"][group],
+                chunk.step,
+                num_draws=self.num_generations,
+                latent_shape=shape,
             )
+            for group in set(groups)
+        }
+        noise = torch.stack([noise[group][member] for group, member in zip(groups, members, strict=True)])
+        noise = noise.to(chunk.latents.device)
+        clean = self.policy.clean(chunk.next_latents)
+        return dataclasses.replace(
+            chunk, latents=(1 - chunk.sigma) * clean + chunk.sigma * noise, next_latents=noise - clean
+        )

@@ -14,7 +14,7 @@
 
 """The transitions of a rollout as training batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,15 +34,30 @@ class TransitionChunk:
     members: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (m,) prompt, step and group member of each child
 
 
-def transition_chunks(
+@dataclass
+class TrainedStep:
+    """What is trained at one step of a micro-batch."""
+
+    step: int
+    position: int  # among the micro-batch's steps
+    sigma: float
+    sigma_next: float
+    rows: torch.Tensor  # (n, 2) prompt, and number of the parent among the distinct ones
+    parents: torch.Tensor  # positions of the distinct parents among the nodes
+    of_member: torch.Tensor  # (G,) number of each member's parent
+    trained: torch.Tensor  # (B, G)
+    weight: float  # of each transition in the micro-batch's mean
+    conditioning: list  # of the B prompts
+
+
+def trained_steps(
     inputs: dict,
     sigmas: torch.Tensor,
     conditioning: Callable[[list[str], list | None], list],
-    batch_size: int,
     skip_uninformative: bool,
-) -> Iterator[TransitionChunk]:
+) -> list[TrainedStep]:
     """
-    Transitions of a micro-batch, step by step, in chunks of at most `batch_size` distinct parents.
+    What is trained of a micro-batch, step by step.
 
     Siblings share their parent's row: its velocity is evaluated once for all of them, and the gradient is that of
     each sibling by itself, because the mean of a step depends on the policy through the velocity alone.
@@ -53,36 +68,59 @@ def transition_chunks(
             `images` that they start from or `None`.
         sigmas (`torch.Tensor` of shape `(T + 1,)`): The grid.
         conditioning (`Callable`): Prompts and images -> their conditioning, one row each.
-        batch_size (`int`): Largest number of rows of one chunk.
         skip_uninformative (`bool`): Leave out parents whose children all have advantage 0: without a KL term they have
-            no gradient. At least one chunk remains, because every process takes part in an update.
+            no gradient. At least one row remains, because every process takes part in an update.
     """
-    num_prompts, device = len(inputs["prompts"]), inputs["nodes"].device
     table, sigmas = conditioning(inputs["prompts"], inputs["images"]), sigmas.tolist()
     trained = inputs["trained"].cpu()
+    weight = 1.0 / max(1, trained.sum().item())
     informative = trained & (inputs["advantages"] != 0).cpu() if skip_uninformative else trained
     if not informative.any():
         informative = torch.zeros_like(trained)
         informative.view(-1)[trained.int().argmax()] = True
-    for s, step in enumerate(inputs["steps"].tolist()):
-        parents, of_member = inputs["parents"][s].unique(return_inverse=True)
+    found = []
+    for position, step in enumerate(inputs["steps"].tolist()):
+        parents, of_member = inputs["parents"][position].unique(return_inverse=True)
         rows = [
-            (b, u) for b in range(num_prompts) for u in range(len(parents)) if informative[b, s, of_member == u].any()
+            (b, u)
+            for b in range(len(trained))
+            for u in range(len(parents))
+            if informative[b, position, of_member == u].any()
         ]
-        for start in range(0, len(rows), batch_size):
-            b, u = torch.tensor(rows[start : start + batch_size]).unbind(1)
-            row, member = ((of_member[None] == u[:, None]) & trained[b, s]).nonzero(as_tuple=True)
-            b_device = b.to(device)
-            yield TransitionChunk(
-                step=step,
-                sigma=sigmas[step],
-                sigma_next=sigmas[step + 1],
-                latents=inputs["nodes"][b_device, parents[u].to(device)],
-                next_latents=inputs["nodes"][b[row].to(device), inputs["children"][s][member].to(device)],
-                conditioning=[table[prompt] for prompt in b.tolist()],
-                row=row.to(device),
-                members=(b[row].to(device), torch.full_like(row, s).to(device), member.to(device)),
+        if rows:
+            found.append(
+                TrainedStep(
+                    step=step,
+                    position=position,
+                    sigma=sigmas[step],
+                    sigma_next=sigmas[step + 1],
+                    rows=torch.tensor(rows),
+                    parents=parents,
+                    of_member=of_member,
+                    trained=trained[:, position],
+                    weight=weight,
+                    conditioning=table,
+                )
             )
+    return found
+
+
+def transition_chunk(inputs: dict, at: TrainedStep, part: slice) -> TransitionChunk:
+    """Some of the rows that a micro-batch trains at a step, as one forward."""
+    device = inputs["nodes"].device
+    b, u = at.rows[part].unbind(1)
+    row, member = ((at.of_member[None] == u[:, None]) & at.trained[b]).nonzero(as_tuple=True)
+    b_device = b.to(device)
+    return TransitionChunk(
+        step=at.step,
+        sigma=at.sigma,
+        sigma_next=at.sigma_next,
+        latents=inputs["nodes"][b_device, at.parents[u].to(device)],
+        next_latents=inputs["nodes"][b[row].to(device), inputs["children"][at.position][member].to(device)],
+        conditioning=[at.conditioning[prompt] for prompt in b.tolist()],
+        row=row.to(device),
+        members=(b[row].to(device), torch.full_like(row, at.position).to(device), member.to(device)),
+    )
 
 
 def select_transitions(inputs: dict, prompts: range, steps: torch.Tensor) -> dict:

@@ -13,19 +13,26 @@
 # limitations under the License.
 
 
-"""Updates: the gradient of one micro-batch of transitions, chunk by chunk."""
+"""Updates: the gradient of one micro-batch of transitions, in chunks that memory has room for."""
 
-import itertools
+import dataclasses
+import functools
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
+from torch import nn
 
 from ..objective import kl_divergence
 from .rollouts import timed
-from .transitions import TransitionChunk, transition_chunks
+from .transitions import TrainedStep, TransitionChunk, trained_steps, transition_chunk
+
+
+# Of gradients that are averaged in one exchange between processes.
+BUCKET_BYTES = 256 * 2**20
 
 
 class UpdateMixin:
@@ -39,6 +46,8 @@ class UpdateMixin:
         inputs = self._prepare_inputs(inputs)
         with timed(times := {}, "train"):
             loss = self._forward_backward(model, inputs)
+            if self._averages_gradients and self.accelerator.sync_gradients:
+                average_gradients(self._trainable)
         self._step += 1
         # Like the other phases, in seconds of a whole update.
         self._seconds_training += times["train"]
@@ -49,29 +58,69 @@ class UpdateMixin:
         return loss / self.current_gradient_accumulation_steps
 
     def _forward_backward(self, model, inputs: dict) -> torch.Tensor:
-        """Adds the gradient of one micro-batch, chunk by chunk. Returns its loss, a mean over its transitions."""
-        args = self.args
-        advantages, old = inputs["advantages"], inputs["old"]
-        seen = None
-        weight = 1.0 / max(1, inputs["trained"].sum().item())
-        loss_sum = torch.zeros((), device=advantages.device)
-        logged = defaultdict(list)
-        previous = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self._trainable]
-        norms = {}
-        # With the next chunk in sight, and no more of them in memory: conditioning is large.
-        for chunk, following in itertools.pairwise(itertools.chain(self._chunks(inputs), [None])):
-            last = following is None
-            with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
+        """
+        Adds the gradient of one micro-batch, step by step. Returns its loss, a mean over its transitions.
+
+        A step whose forward or backward pass runs out of memory begins again, in smaller chunks, from the gradient that it
+        began with.
+        """
+        size = self.batch_sizes["training"]
+        loss_sum = torch.zeros((), device=inputs["advantages"].device)
+        logged, norms, seen = defaultdict(list), {}, None
+        if self._averages_gradients:
+            model = self.model  # DDP around it would average in each backward pass
+        steps = self._trained_steps(inputs)
+        size.find(lambda n: self._try_rows(inputs, steps[0], n), loss_sum.device, self._reserved_memory())
+        gradient = self._gradient()
+        for number, at in enumerate(steps):
+            previous, done = gradient, None
+            while done is None:
+                rows = min(size.rows, len(at.rows))
+                try:
+                    done = self._train_step(model, inputs, at, rows, number == len(steps) - 1)
+                except Exception as error:
+                    size.lower(error, rows)
+                    self._set_gradient(previous)
+            size.succeeded()
+            for members, statistics, loss, logs in done:
+                loss_sum += loss
+                for name, value in logs.items():
+                    logged[name].append(value)
+                if statistics is not None:
+                    seen = _note(seen, inputs["advantages"].shape, members, statistics)
+            self._nfe += len(at.rows) * (2 if self.args.beta > 0 else 1)
+            self._rows_trained += len(at.rows)
+            gradient = self._gradient()
+            norms[at.step] = _distance(gradient, previous)
+        if seen is not None:
+            inputs["old"] = seen
+        self._log_update(logged, norms, inputs["steps"].tolist())
+        return loss_sum
+
+    def _train_step(self, model, inputs: dict, at: TrainedStep, batch_size: int, last: bool) -> list[tuple]:
+        """
+        Adds the gradient of one step of a micro-batch, chunk by chunk; `last` if no other step follows.
+
+        Returns:
+            `list[tuple]`: Of each chunk its members, their statistics if later passes will compare with them, its loss and
+            its logs.
+        """
+        args, old = self.args, inputs["old"]
+        done = []
+        for start in range(0, len(at.rows), batch_size):
+            chunk = self._chunk(inputs, at, slice(start, start + batch_size))
+            final = last and start + batch_size >= len(at.rows)
+            with nullcontext() if final else self.accelerator.no_sync(model), self.compute_loss_context_manager():
                 velocity = model(chunk.latents, chunk.sigma, chunk.conditioning)
                 new = self.statistics(chunk, velocity)
                 now = {name: value.detach() for name, value in new.items()}
                 losses, logs = self.policy_loss(
                     chunk,
-                    advantages[chunk.members],
+                    inputs["advantages"][chunk.members],
                     new,
                     now if old is None else {name: value[chunk.members] for name, value in old.items()},
                 )
-                loss = weight * self._step_weights[chunk.step] * losses.sum()
+                loss = at.weight * self._step_weights[chunk.step] * losses.sum()
                 if args.beta > 0:
                     with torch.no_grad(), self.policy.reference():
                         reference = self.model(chunk.latents, chunk.sigma, chunk.conditioning)
@@ -84,48 +133,78 @@ class UpdateMixin:
                         self.noise_levels[chunk.step],
                         args.sde_type,
                     )[chunk.row]
-                    loss = loss + args.beta * weight * kl.sum()
+                    loss = loss + args.beta * at.weight * kl.sum()
                     logs["kl"] = kl
                 # Of two denoisers, the one that this step belongs to may have no adapter.
                 if loss.requires_grad:
                     self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
-            if old is None and args.num_iterations > 1:
-                seen = _note(seen, advantages.shape, chunk, now)
-            self._nfe += len(chunk.latents) * (2 if args.beta > 0 else 1)
-            self._rows_trained += len(chunk.latents)
-            loss_sum += loss.detach()
-            for name, value in logs.items():
-                logged[name].append(value.detach())
-            if last or following.step != chunk.step:
-                gradient = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self._trainable]
-                norms[chunk.step] = torch.stack(
-                    [(now - then).norm() for now, then in zip(gradient, previous, strict=True)]
-                ).norm()
-                previous = gradient
-        if seen is not None:
-            inputs["old"] = seen
-        self._log_update(logged, norms, inputs["steps"].tolist())
-        return loss_sum
+            kept = now if old is None and args.num_iterations > 1 else None
+            done.append((chunk.members, kept, loss.detach(), {name: value.detach() for name, value in logs.items()}))
+        return done
 
-    def _chunks(self, inputs: dict):
-        return transition_chunks(
-            inputs,
-            self.sigmas,
-            self.conditioning,
-            self.args.transition_batch_size,
-            self.args.beta == 0 and not self._trains_without_advantage,
+    def _trained_steps(self, inputs: dict) -> list[TrainedStep]:
+        return trained_steps(
+            inputs, self.sigmas, self.conditioning, self.args.beta == 0 and not self._trains_without_advantage
         )
+
+    def _chunk(self, inputs: dict, at: TrainedStep, part: slice | torch.Tensor) -> TransitionChunk:
+        return transition_chunk(inputs, at, part)
 
     @torch.no_grad()
     def old_statistics(self, inputs: dict) -> dict[str, torch.Tensor]:
-        """The [`statistics`] `(B, S, G, ...)` under the present policy, in the very batches that training will use."""
-        old = None
-        for chunk in self._chunks(inputs):
+        """
+        The [`statistics`] `(B, S, G, ...)` under the present policy, in the very batches that training will use, unless memory
+        makes these smaller: then the two differ by rounding.
+        """
+        size, old = self.batch_sizes["training"], None
+        steps = self._trained_steps(inputs)
+        size.find(lambda n: self._try_rows(inputs, steps[0], n), inputs["advantages"].device, self._reserved_memory())
+
+        def evaluate(at: TrainedStep, part: slice) -> tuple:
+            chunk = self._chunk(inputs, at, part)
             with self.compute_loss_context_manager():
                 velocity = self.model(chunk.latents, chunk.sigma, chunk.conditioning)
-            old = _note(old, inputs["advantages"].shape, chunk, self.statistics(chunk, velocity))
-            self._nfe += len(chunk.latents)
+            return chunk.members, self.statistics(chunk, velocity)
+
+        for at in steps:
+            for members, statistics in size.in_parts(functools.partial(evaluate, at), len(at.rows)):
+                old = _note(old, inputs["advantages"].shape, members, statistics)
+            self._nfe += len(at.rows)
         return old
+
+    # ---- Memory and gradients ----
+
+    @property
+    def _averages_gradients(self) -> bool:
+        """
+        Whether gradients are averaged here, once per update (DDP), and not by what the model is wrapped in (FSDP, DeepSpeed).
+        So it does not matter to the others how often a process begins a step again.
+        """
+        return self.accelerator.distributed_type.value.startswith("MULTI_")
+
+    @torch.enable_grad()
+    def _try_rows(self, inputs: dict, at: TrainedStep, n: int):
+        """Trains n rows, the same ones again if there are fewer, and forgets their gradient."""
+        before = self._gradient()
+        tried = dataclasses.replace(at, rows=at.rows[torch.arange(n) % len(at.rows)])
+        self._train_step(self.model, {**inputs, "old": None}, tried, n, False)
+        self._set_gradient(before)
+
+    def _reserved_memory(self) -> int:
+        """Bytes of the optimizer's two moments and of one more copy while it steps, if it has not made them yet."""
+        if self.optimizer is not None and self.optimizer.state:
+            return 0
+        return 3 * sum(parameter.numel() * parameter.element_size() for parameter in self._trainable)
+
+    def _gradient(self) -> list[torch.Tensor | None]:
+        return [None if parameter.grad is None else parameter.grad.clone() for parameter in self._trainable]
+
+    def _set_gradient(self, gradient: list[torch.Tensor | None]):
+        for parameter, value in zip(self._trainable, gradient, strict=True):
+            if value is None or parameter.grad is None:
+                parameter.grad = None if value is None else value.clone()
+            else:
+                parameter.grad.copy_(value)
 
     def _log_update(self, logged: dict, norms: dict, steps: list[int]):
         metrics = self._metrics["train"]
@@ -149,10 +228,57 @@ class UpdateMixin:
             metrics[f"grad_share/step_{step}"].append(share)
 
 
-def _note(noted: dict | None, shape: torch.Size, chunk: TransitionChunk, statistics: dict) -> dict[str, torch.Tensor]:
-    """Statistics of a chunk's transitions `(m, ...)`, put in their places among those of all `(B, S, G, ...)`."""
+def average_gradients(parameters: list[nn.Parameter]):
+    """
+    Averages gradients over all processes. Where some of them have none for a parameter, theirs is 0; where all have none,
+    there is none, so that the optimizer leaves the parameter alone as it does on one process.
+    """
+    buckets = defaultdict(list)
+    for parameter in parameters:
+        buckets[parameter.dtype].append(parameter)
+    for bucket in buckets.values():
+        for part in _parts(bucket):
+            _average(part)
+
+
+def _parts(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in runs of about `BUCKET_BYTES`: copies of all gradients at once would take too much memory."""
+    part, size = [], 0
+    for parameter in parameters:
+        part.append(parameter)
+        size += parameter.numel() * parameter.element_size()
+        if size >= BUCKET_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _average(parameters: list[nn.Parameter]):
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    has_one = [p.grad is not None for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients] + [gradients[0].new_tensor(has_one)])
+    torch.distributed.all_reduce(flat)
+    counts = flat[-len(parameters) :]
+    # Read where it matters alone: the host waits for it.
+    counts = [1] * len(parameters) if all(has_one) else counts.tolist()
+    flat /= torch.distributed.get_world_size()
+    averages = flat[: -len(parameters)].split([p.numel() for p in parameters])
+    for parameter, gradient, average, count in zip(parameters, gradients, averages, counts, strict=True):
+        if count:
+            parameter.grad = gradient.copy_(average.view_as(gradient))
+
+
+def _distance(now: list[torch.Tensor | None], then: list[torch.Tensor | None]) -> torch.Tensor:
+    """Norm of the difference of two gradients; none at all is 0."""
+    pairs = [(a, b) for a, b in zip(now, then, strict=True) if a is not None]
+    return torch.stack([(a if b is None else a - b).norm() for a, b in pairs]).norm() if pairs else torch.zeros(())
+
+
+def _note(noted: dict | None, shape: torch.Size, members: tuple, statistics: dict) -> dict[str, torch.Tensor]:
+    """Statistics of transitions `(m, ...)`, put in their members' places among those of all `(B, S, G, ...)`."""
     if noted is None:
         noted = {name: value.new_zeros(*shape, *value.shape[1:]) for name, value in statistics.items()}
     for name, value in statistics.items():
-        noted[name][chunk.members] = value
+        noted[name][members] = value
     return noted
