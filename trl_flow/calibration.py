@@ -135,7 +135,8 @@ def calibrate_noise(
             len(trainer.train_dataset), (num_samples,), generator=torch.Generator().manual_seed(args.seed + iteration)
         ).tolist()
         gains = []
-        size = max(1, args.rollout_batch_size // plan.width)
+        trainer.find_batch_sizes(trainer.train_dataset[0])
+        size = max(1, trainer.batch_sizes["sampling"].rows // plan.width)
         for start in range(0, num_samples, size):
             rows = [trainer.train_dataset[number] for number in chosen[start : start + size]]
             noise = [
@@ -157,8 +158,7 @@ def calibrate_noise(
                 torch.stack(noise).to(trainer.accelerator.device),
                 levels,
                 args.sde_type,
-                args.rollout_batch_size,
-                trainer.policy.initial_scale(trainer.sigmas),
+                initial_scale=trainer.policy.initial_scale(trainer.sigmas),
             )
             images = trainer.decode(
                 rollout.leaves.flatten(0, 1), [condition for condition in conditioning for _ in plan.leaves]

@@ -14,43 +14,293 @@
 
 """Memory that does not suffice: the run goes on in smaller batches, with the same result to rounding."""
 
-import gc
+import json
+import logging
 import weakref
 
 import pytest
 import torch
+from pipelines import prompts
 
 from trl_flow import DenseGRPOConfig, DenseGRPOTrainer, DiffusionNFTConfig, DiffusionNFTTrainer
-from trl_flow.trainer.batch_size import BatchSize
+from trl_flow.trainer.batch_size import (
+    MOST_ROWS,
+    BatchSize,
+    free_memory,
+    peak_memory,
+    rows_that_fit,
+)
+
+
+NO_ROOM = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+# ---- Batch sizes by themselves ----
+
+
+def limited(limit, sizes):
+    def call(part):
+        rows = part.stop - part.start
+        if rows > limit:
+            raise torch.OutOfMemoryError(NO_ROOM)
+        sizes.append(rows)
+        return list(range(10))[part]
+
+    return call
+
+
+def test_parts_are_halved_until_they_fit_and_stay_so(caplog):
+    size, sizes = BatchSize("Sampling", "rollout_batch_size", 8), []
+    assert sum(size.in_parts(limited(3, sizes), 10), []) == list(range(10))
+    assert sizes == [2, 2, 2, 2, 2] and size.rows == 2
+    assert sum(size.in_parts(limited(3, sizes), 3), []) == [0, 1, 2] and sizes[5:] == [2, 1]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "ran out of memory with 8 rows at a time, and goes on with 2" in record.message
+    assert "rollout_batch_size=2" in record.message
+    # A batch of fewer rows than are allowed that does not fit.
+    size = BatchSize("Sampling", "rollout_batch_size", 100)
+    assert sum(size.in_parts(limited(3, sizes), 5), []) == list(range(5)) and size.rows == 2
+
+
+def test_a_single_row_that_does_not_fit_and_errors_of_other_kinds():
+    size = BatchSize("Training", "transition_batch_size", 4)
+    with pytest.raises(torch.OutOfMemoryError, match="with a single row. What helps: activation_checkpointing") as e:
+        size.in_parts(limited(0, []), 4)
+    assert NO_ROOM in str(e.value)
+    with pytest.raises(RuntimeError, match="^shapes differ$"):
+        size.in_parts(lambda part: (_ for _ in ()).throw(RuntimeError("shapes differ")), 4)
+    size = BatchSize("Training", "transition_batch_size", 4)
+    size.shared = True
+    with pytest.raises(torch.OutOfMemoryError, match="all processes take part in it: set transition_batch_size=2"):
+        size.retried(lambda rows: limited(1, [])(slice(0, rows)), 9)
+
+
+def test_what_an_error_has_left_is_freed_before_the_next_attempt():
+    left = []
+
+    def inner(rows):
+        big = torch.zeros(10)
+        left.append(weakref.ref(big))
+        if rows > 2:
+            raise torch.OutOfMemoryError(NO_ROOM)
+        return rows
+
+    def call(rows):
+        assert all(reference() is None for reference in left)
+        activations = torch.zeros(10)
+        left.append(weakref.ref(activations))
+        try:
+            return inner(rows)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError("while a block was computed again") from error
+
+    undone = []
+    size = BatchSize("Training", "transition_batch_size", 7)
+    assert size.retried(call, 9, lambda: undone.append(1)) == 1 and undone == [1, 1]
+
+
+def test_rows_are_found_on_a_straight_line():
+    assert rows_that_fit(one=30, two=40, free=200) == 16  # 20 + 10 n <= 180
+    assert rows_that_fit(one=30, two=40, free=10) == 1
+    assert rows_that_fit(one=30, two=30, free=10) == MOST_ROWS
+
+    cpu = torch.device("cpu")
+
+    def call(n):
+        kept = [torch.zeros(n, 250) for _ in range(3)]  # 3,000 bytes for each row
+        kept[0].add_(1.0)
+        del kept[1]
+        total = kept[0].view(-1) + 1.0  # 1,000 more, where 1,000 have gone
+        torch.zeros(500)  # 2,000 for any number of rows
+        return total
+
+    assert peak_memory(lambda: call(1), cpu) == 5000
+    assert peak_memory(lambda: call(4), cpu) == 14000
+    free = free_memory(cpu)
+    assert 0 < free
+    size = BatchSize("Sampling", "rollout_batch_size", "auto")
+    size.find(
+        call, cpu, reserved=free - 100_000
+    )  # 0.9 * 100,000 = 2,000 + 3,000 n, but for what others take meanwhile
+    assert 1 <= size.rows <= MOST_ROWS
+    fails_from = []
+
+    def never_two(n):
+        fails_from.append(n)
+        if n > 1:
+            raise torch.OutOfMemoryError(NO_ROOM)
+
+    size = BatchSize("Sampling", "rollout_batch_size", "auto")
+    size.find(never_two, cpu)
+    assert size.rows == 1 and fails_from == [1, 1, 2]
+    size.find(never_two, cpu)
+    assert fails_from == [1, 1, 2]
+
+
+def test_an_update_allocates_nothing_that_is_not_counted():
+    """The bytes that are counted on a CPU are those of torch's own profiler."""
+    layers = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(4)])
+
+    def train():
+        layers(torch.ones(32, 64)).square().sum().backward()
+
+    train()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        train()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in events:
+        now += event.nbytes()
+        most = max(most, now)
+    assert most > 30_000
+    assert peak_memory(train, torch.device("cpu")) == pytest.approx(most, rel=0.1)
+
+
+# ---- Runs ----
 
 
 class Memory:
-    """A denoiser and a decoder that have room for so many rows only, in their forward or their backward pass."""
+    """A denoiser and a decoder that have room for so many rows only."""
 
-    def __init__(self, trainer, rows, backward=False, decoder=None):
-        self.rows, self.backward, self.failures, self.sizes = rows, backward, 0, []
-        trainer.policy.pipeline.transformer.register_forward_hook(self.forward, with_kwargs=True)
-        if decoder is not None:
-            vae = trainer.policy.pipeline.vae
-            decode = vae.decode
+    def __init__(self, trainer, sampling=99, training=99, decoding=99, backward=False):
+        self.failures = 0
+        self.sizes = {"sampling": [], "training": [], "decoding": []}
+        transformer, vae = trainer.policy.pipeline.transformer, trainer.policy.pipeline.vae
+        decode = vae.decode
 
-            def limited(latents, *args, **kwargs):
-                self.check(len(latents), decoder)
-                return decode(latents, *args, **kwargs)
+        def check(name, rows, limit):
+            if rows > limit:
+                self.failures += 1
+                raise torch.OutOfMemoryError(NO_ROOM)
+            self.sizes[name].append(rows)
 
-            vae.decode = limited
+        def evaluated(module, args, kwargs):
+            rows = len(kwargs["hidden_states"])
+            if not torch.is_grad_enabled():
+                check("sampling", rows, sampling)
+            elif not backward:
+                check("training", rows, training)
 
-    def check(self, rows, limit):
-        if rows > limit:
-            self.failures += 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        self.sizes.append(rows)
+        def between(module, args, kwargs, output):
+            # When its gradient arrives, the layers behind it have added theirs.
+            if backward and torch.is_grad_enabled():
+                rows = len(kwargs["hidden_states"])
+                output[1].register_hook(lambda gradient: check("training", rows, training))
 
-    def forward(self, module, args, kwargs, output):
-        rows = len(kwargs["hidden_states"])
-        if self.backward and output[0].requires_grad:
-            # When its gradient arrives, that of the last layers has been added already.
-            module.transformer_blocks[0].register_forward_hook
-            self.first.register_hook(lambda gradient: self.check(rows, self.rows))
-        else:
-            self.check(rows, self.rows)
+        def decoded(latents, *args, **kwargs):
+            check("decoding", len(latents), decoding)
+            return decode(latents, *args, **kwargs)
+
+        transformer.register_forward_pre_hook(evaluated, with_kwargs=True)
+        transformer.transformer_blocks[0].register_forward_hook(between, with_kwargs=True)
+        vae.decode = decoded
+
+
+def run(make_trainer, name, memory=None, method=(), **settings):
+    trainer = make_trainer(
+        *method,
+        **{
+            "output_dir": str(make_trainer.directory / name),
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "steps_per_generation": 2,
+            "optim": "sgd",
+            "learning_rate": 1.0,
+            "max_grad_norm": 0.0,
+            "logging_steps": 1,
+            **settings,
+        },
+    )
+    torch.manual_seed(0)
+    for parameter in trainer._trainable:  # LoRA begins with zeros, which have no gradient for the other half
+        parameter.data = 0.1 * torch.randn(parameter.shape)
+    trainer.before = [parameter.detach().clone() for parameter in trainer._trainable]
+    memory = Memory(trainer, **memory or {})
+    trainer.train()
+    return trainer, memory
+
+
+def assert_same(trainer, expected, ignored=()):
+    moved = max((p - b).abs().max().item() for p, b in zip(expected._trainable, expected.before, strict=True))
+    assert moved > 1e-4
+    for one, other in zip(trainer._trainable, expected._trainable, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=5e-3 * moved)
+    assert (trainer._nfe, trainer._rows_trained) == (expected._nfe, expected._rows_trained)
+    logs, expected = trainer.state.log_history, expected.state.log_history
+    assert len(logs) == len(expected)
+    for entry, other in zip(logs, expected, strict=True):
+        assert entry.keys() == other.keys()
+        for name, value in entry.items():
+            if not any(word in name for word in ("time", "second", *ignored)):
+                assert value == pytest.approx(other[name], rel=2e-2, abs=1e-4), name
+
+
+@pytest.mark.parametrize(
+    "method, settings, backward",
+    [
+        ((), {"beta": 0.04, "num_iterations": 2}, True),
+        ((DenseGRPOTrainer, DenseGRPOConfig), {"tail_steps": 1}, False),
+    ],
+)
+def test_training_goes_on_in_smaller_chunks(make_trainer, caplog, method, settings, backward):
+    expected, enough = run(make_trainer, "enough", method=method, **settings)
+    assert enough.failures == 0 and set(enough.sizes["training"]) == {6}
+    trainer, memory = run(make_trainer, "little", {"training": 2, "backward": backward}, method, **settings)
+    # Once: from the first step on, the size that worked is kept. 6 rows are tried, then 3, then 1.
+    assert memory.failures == 2 and set(memory.sizes["training"]) == {1}
+    assert_same(trainer, expected)
+    (warning,) = [record.message for record in caplog.records if "ran out of memory" in record.message]
+    assert "with 6 rows at a time, and goes on with 1" in warning and "transition_batch_size=1" in warning
+    noted = json.loads((make_trainer.directory / "little" / "run.json").read_text())
+    assert noted["batch_sizes"] == {"training": 1}
+    assert "batch_sizes" not in json.loads((make_trainer.directory / "enough" / "run.json").read_text())
+
+
+def test_sampling_decoding_old_statistics_and_evaluation_go_on_in_smaller_batches(make_trainer):
+    method = (
+        DiffusionNFTTrainer,
+        DiffusionNFTConfig,
+    )  # whose second rollout is another policy's: it has old statistics
+    settings = {"old_policy_decay_rate": 0.5, "eval_dataset": prompts(5), "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"guidance_scale": 3.0, "steps_per_generation": 1}
+    expected, _ = run(make_trainer, "enough", method=method, **settings)
+    # Guidance doubles the denoiser's rows.
+    trainer, memory = run(make_trainer, "little", {"sampling": 5, "decoding": 3}, method, **settings)
+    assert memory.failures >= 3 and max(memory.sizes["sampling"]) <= 4 and max(memory.sizes["decoding"]) <= 3
+    assert_same(trainer, expected)
+
+
+def test_auto(make_trainer):
+    expected, _ = run(make_trainer, "number")
+    settings = {"rollout_batch_size": "auto", "transition_batch_size": "auto"}
+    trainer, memory = run(make_trainer, "auto", **settings)
+    sizes = {name: size.rows for name, size in trainer.batch_sizes.items()}
+    assert all(rows >= 6 for rows in sizes.values()), sizes
+    assert_same(trainer, expected)
+    noted = json.loads((make_trainer.directory / "auto" / "run.json").read_text())
+    assert noted["batch_sizes"] == sizes
+    # What it measured may be wrong.
+    trainer, memory = run(make_trainer, "wrong", {"sampling": 4, "training": 2, "decoding": 1}, **settings)
+    assert memory.failures > 3
+    assert_same(trainer, expected)
+
+
+def test_a_checkpoint_keeps_the_sizes(make_trainer):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "steps_per_generation": 1}
+    trainer, _ = run(make_trainer, "run", {"training": 2, "sampling": 3}, **settings)
+    expected = [parameter.detach().clone() for parameter in trainer._trainable]
+    for given, rows in ((8, 1), (4, 4)):
+        trainer = make_trainer(
+            output_dir=str(make_trainer.directory / "run"),
+            per_device_train_batch_size=2,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            transition_batch_size=given,
+            **settings,
+        )
+        trainer.train(resume_from_checkpoint=str(make_trainer.directory / "run" / "checkpoint-1"))
+        assert trainer.batch_sizes["training"].rows == rows
+        if given == 8:
+            assert all(torch.equal(p, e) for p, e in zip(trainer._trainable, expected, strict=True))

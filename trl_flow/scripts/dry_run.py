@@ -312,7 +312,8 @@ def update_facts(trainer, updates: int) -> list[tuple[str, str]]:
         examine_policy(
             trainer.policy,
             diagnosis,
-            transition_batch_size=args.transition_batch_size,
+            # Where it is to be found, of the least that there can be.
+            transition_batch_size=1 if args.transition_batch_size == "auto" else args.transition_batch_size,
             image=trainer.train_dataset[0].get("image"),
         )
     except Untrainable as problem:
@@ -324,7 +325,7 @@ def update_facts(trainer, updates: int) -> list[tuple[str, str]]:
             (
                 "Memory",
                 f"about {sum(diagnosis.memory.values()):.2g} GiB a process{checkpointing} ({parts}; "
-                f"{args.transition_batch_size} rows at a time), and what the rewards' models take",
+                f"transition_batch_size {args.transition_batch_size}), and what the rewards' models take",
             )
         )
     return facts + [("Warning", warning) for warning in diagnosis.warnings]

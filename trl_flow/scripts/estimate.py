@@ -106,16 +106,16 @@ def estimate(trainer, rollouts: list, updates: int) -> Estimate:
     """
     args, policy, device = trainer.args, trainer.policy, trainer.accelerator.device
     prompts = args.per_device_train_batch_size * args.steps_per_generation  # groups, on this process
-    # As in a rollout, the rows of a batch belong to few prompts.
-    size = trainer.num_generations
-    rows = [
-        trainer.train_dataset[number // size % len(trainer.train_dataset)] for number in range(args.rollout_batch_size)
-    ]
     plans = [(trainer.rollout_plan(steps), replayed, count) for steps, replayed, count in rollouts]
+    tests = 0 if trainer.eval_dataset is None else math.ceil(len(trainer.eval_dataset) / args.world_size)
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
     trainer.model.train()
     if args.activation_checkpointing:
         trainer.model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
+    rollout_rows, decoded_rows, training_rows = batch_sizes(trainer, plans[0][0])
+    # As in a rollout, the rows of a batch belong to few prompts.
+    size = trainer.num_generations
+    rows = [trainer.train_dataset[number // size % len(trainer.train_dataset)] for number in range(rollout_rows)]
 
     conditions = trainer.conditioning([row["prompt"] for row in rows], trainer.images(rows))
 
@@ -128,29 +128,29 @@ def estimate(trainer, rollouts: list, updates: int) -> Estimate:
             trainer.model(latents(n), sigma, conditions[:n])
 
     sigma = trainer.sigmas[len(trainer.sigmas) // 2].item()
-    largest = max(min(args.rollout_batch_size, prompts * plan.width) for plan, *_ in plans)
+    largest = max(min(rollout_rows, prompts * plan.width) for plan, *_ in plans)
     with torch.random.fork_rng():
         encode = measure(lambda n: policy.encode_anew(rows[0]["prompt"], _picture(trainer, rows[0])), 1, device)
         forward = measure(velocity, largest, device)
         decode = measure(lambda n: trainer.decode(latents(n), conditions[:n]), largest, device)
-        train = measure(lambda n: _train(trainer, plans[0][0], n), args.transition_batch_size, device)
+        train = measure(lambda n: _train(trainer, plans[0][0], n), training_rows, device)
         update = _measure_update(trainer, device)
         scores, untimed = _measure_rewards(trainer, rows, latents(largest), conditions[:largest], device)
         forward_evaluation = forward
         if trainer.eval_dataset is not None and args.eval_guidance_scale not in (None, policy.guidance_scale):
             with policy.guided(args.eval_guidance_scale):
-                forward_evaluation = measure(velocity, args.rollout_batch_size, device)
+                forward_evaluation = measure(velocity, min(rollout_rows, tests), device)
 
     seconds = dict.fromkeys(("rollouts", "rewards", "training", "evaluations"), 0.0)
     for plan, replayed, count in plans:
-        size = max(1, args.rollout_batch_size // plan.width)
+        size = max(1, rollout_rows // plan.width)
         sweeps = [min(size, prompts - start) for start in range(0, prompts, size)]
         indices = [plan.nodes[number].index for number in plan.evaluated]
         live = [indices.count(index) for index in set(indices)]
         leaves = len(plan.leaves)
         for sweep in sweeps:
-            seconds["rollouts"] += sum(forward.of(sweep * n, args.rollout_batch_size, count) for n in live)
-            seconds["rollouts"] += decode.of(sweep * leaves, args.rollout_batch_size, count)
+            seconds["rollouts"] += sum(forward.of(sweep * n, rollout_rows, count) for n in live)
+            seconds["rollouts"] += decode.of(sweep * leaves, decoded_rows, count)
             seconds["rewards"] += sum(
                 scores[name].of(sweep * leaves, sweep * leaves, count)
                 for name in trainer.reward_names
@@ -159,14 +159,11 @@ def estimate(trainer, rollouts: list, updates: int) -> Estimate:
         micro_batches = args.steps_per_generation
         trained = rows_per_step(trainer, plan)
         batches = [(args.per_device_train_batch_size * n, count * micro_batches) for n in trained]
-        seconds["training"] += args.num_iterations * sum(
-            train.of(n, args.transition_batch_size, times) for n, times in batches
-        )
+        seconds["training"] += args.num_iterations * sum(train.of(n, training_rows, times) for n, times in batches)
         share = replayed / trainer._micro_steps
-        seconds["training"] += share * sum(forward.of(n, args.transition_batch_size, times) for n, times in batches)
+        seconds["training"] += share * sum(forward.of(n, training_rows, times) for n, times in batches)
     seconds["training"] += updates * update
     count = sum(alike.count for alike in rollouts) * (prompts // trainer.groups_per_prompt)
-    tests = 0 if trainer.eval_dataset is None else math.ceil(len(trainer.eval_dataset) / args.world_size)
     evaluations = num_evaluations(trainer, updates)
     # What is encoded is kept until there are too many other prompts.
     known = len(trainer.train_dataset)
@@ -175,14 +172,22 @@ def estimate(trainer, rollouts: list, updates: int) -> Estimate:
     if evaluations:
         steps = args.num_eval_inference_steps
         seconds["evaluations"] = (
-            forward_evaluation.of(tests, args.rollout_batch_size, evaluations * steps)
-            + decode.of(tests, args.rollout_batch_size, evaluations)
-            + sum(cost.of(tests, args.rollout_batch_size, evaluations) for cost in scores.values())
+            forward_evaluation.of(tests, rollout_rows, evaluations * steps)
+            + decode.of(tests, decoded_rows, evaluations)
+            + sum(cost.of(tests, rollout_rows, evaluations) for cost in scores.values())
             + encode.per_row
             * tests
             * (1 if tests + min(count / evaluations, known) <= policy.cache_size else evaluations)
         )
     return Estimate(seconds, evaluations, untimed)
+
+
+def batch_sizes(trainer, plan) -> tuple[int, int, int]:
+    """Rows that sampling, decoding and training take at a time; what is `"auto"` is found as in a run."""
+    trainer.find_batch_sizes(trainer.train_dataset[0])
+    if trainer.batch_sizes["training"].rows is None:
+        _train(trainer, plan, 1)
+    return tuple(trainer.batch_sizes[name].rows for name in ("sampling", "decoding", "training"))
 
 
 def rows_per_step(trainer, plan) -> list[int]:

@@ -100,6 +100,19 @@ class BatchSize:
             self.succeeded()
         return results
 
+    def retried(self, call: Callable[[int], T], count: int, undo: Callable[[], object] = lambda: None) -> T:
+        """Result of `call(rows)`, which does `count` rows, so many at a time. If they do not fit, all is undone and done again."""
+        while True:
+            rows = min(self.rows, count)
+            try:
+                result = call(rows)
+            except Exception as error:
+                self.lower(error, rows)
+                undo()
+                continue
+            self.succeeded()
+            return result
+
     def lower(self, error: Exception, rows: int):
         """
         To half of the rows that did not fit, with as much memory free as before them. Any other error is raised again.
@@ -144,6 +157,17 @@ class BatchSize:
         setting, rows = state
         if setting == self.setting:
             self.rows = rows
+
+
+def parse_batch_size(name: str, value: int | str) -> int | str:
+    """A number of rows or `"auto"`, from what YAML, the command line or Python gave for the setting `name`."""
+    if value == AUTO:
+        return AUTO
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected a number of rows, at least 1, or {AUTO!r}.")
+    return value
 
 
 def rows_that_fit(one: int, two: int, free: int) -> int:

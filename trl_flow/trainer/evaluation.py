@@ -80,8 +80,10 @@ class EvaluationMixin:
         self._metrics["eval"].clear()
         self.evaluated_samples = None
         with self.averaged_weights(), self.policy.guided(args.eval_guidance_scale):
-            for start in range(0, len(mine), args.rollout_batch_size):
-                numbers = mine[start : start + args.rollout_batch_size]
+            self.find_batch_sizes(dataset[0])
+            batch_size = self.batch_sizes["sampling"].rows
+            for start in range(0, len(mine), batch_size):
+                numbers = mine[start : start + batch_size]
                 rows = [dataset[number] for number in numbers]
                 noise = [
                     seeded_noise(args.seed, "eval", number, num_draws=1, latent_shape=self.policy.latent_shape)
@@ -94,7 +96,6 @@ class EvaluationMixin:
                     sigmas,
                     torch.stack(noise).to(self.accelerator.device),
                     [0.0] * plan.num_steps,
-                    batch_size=args.rollout_batch_size,
                     initial_scale=self.policy.initial_scale(sigmas),
                 )
                 pictures = self.decode(rollout.leaves[:, 0], conditioning)

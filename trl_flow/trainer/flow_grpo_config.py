@@ -28,6 +28,7 @@ from trl.trainer.base_config import _BaseConfig
 from ..credit import AGGREGATIONS
 from ..objective import KL_TYPES, OBJECTIVES, STEP_WEIGHTINGS
 from ..rollout import DYNAMICS
+from .batch_size import parse_batch_size
 
 
 def _check_choice(name: str, value, choices):
@@ -95,8 +96,9 @@ class FlowGRPOConfig(_BaseConfig):
             Whether the samples of a group start from the same noise.
         num_generations (`int`, *optional*, defaults to `24`):
             Number of samples per prompt, G.
-        rollout_batch_size (`int`, *optional*, defaults to `32`):
-            Largest number of rows of one forward, decode or evaluation batch in rollouts. It bounds memory only.
+        rollout_batch_size (`int` or `"auto"`, *optional*, defaults to `32`):
+            Largest number of rows of one forward, decode or evaluation batch in rollouts; `"auto"` finds what fits. It bounds
+            memory only, and falls where memory does not suffice.
         precompute_prompts (`bool`, *optional*, defaults to `False`):
             Whether to encode all prompts (and the pictures that they start from) before training, to keep the embeddings
             in the cache of datasets (megabytes per prompt), and to move the encoders off the device. A later run with the
@@ -153,8 +155,9 @@ class FlowGRPOConfig(_BaseConfig):
             `"noise"` weights the policy loss of each step in proportion to its noise, which evens out the steps'
             gradients; `"guard"` in inverse proportion to its size, which does that for `objective="guard"`. The KL term is
             not weighted.
-        transition_batch_size (`int`, *optional*, defaults to `8`):
-            Largest number of rows of one training forward. It bounds memory only.
+        transition_batch_size (`int` or `"auto"`, *optional*, defaults to `8`):
+            Largest number of rows of one training forward; `"auto"` finds what fits. It bounds memory only, and falls where
+            memory does not suffice.
         ema_decay (`float`, *optional*, defaults to `0.9`):
             Decay of the moving average of the adapter that is evaluated and saved. `None` or 0 switches it off.
         ema_update_after (`int`, *optional*, defaults to `0`):
@@ -265,11 +268,11 @@ class FlowGRPOConfig(_BaseConfig):
         default=False, metadata={"help": "Whether the samples of a group start from the same noise."}
     )
     num_generations: int = field(default=24, metadata={"help": "Number of samples per prompt, G."})
-    rollout_batch_size: int = field(
+    rollout_batch_size: str = field(
         default=32,
         metadata={
-            "help": "Largest number of rows of one forward, decode or evaluation batch in rollouts. It bounds memory "
-            "only."
+            "help": "Largest number of rows of one forward, decode or evaluation batch in rollouts; `auto` finds what fits. "
+            "It bounds memory only, and falls where memory does not suffice."
         },
     )
     precompute_prompts: bool = field(
@@ -379,8 +382,12 @@ class FlowGRPOConfig(_BaseConfig):
             "choices": list(STEP_WEIGHTINGS),
         },
     )
-    transition_batch_size: int = field(
-        default=8, metadata={"help": "Largest number of rows of one training forward. It bounds memory only."}
+    transition_batch_size: str = field(
+        default=8,
+        metadata={
+            "help": "Largest number of rows of one training forward; `auto` finds what fits. It bounds memory only, and falls "
+            "where memory does not suffice."
+        },
     )
     ema_decay: float | None = field(
         default=0.9,
@@ -476,11 +483,11 @@ class FlowGRPOConfig(_BaseConfig):
             "num_eval_inference_steps",
             "num_iterations",
             "steps_per_generation",
-            "rollout_batch_size",
-            "transition_batch_size",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
+        for name in ("rollout_batch_size", "transition_batch_size"):
+            setattr(self, name, parse_batch_size(name, getattr(self, name)))
         for name in ("beta", "epsilon", "num_logged_images", "num_printed_samples", "ema_update_after"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
@@ -497,8 +504,8 @@ class FlowGRPOConfig(_BaseConfig):
             )
         if self.auto_find_batch_size:
             raise ValueError(
-                "auto_find_batch_size=True would change the number of prompt groups of an update. Lower "
-                "rollout_batch_size and transition_batch_size instead: they bound memory and change nothing else."
+                "auto_find_batch_size=True would change the number of prompt groups of an update. Set rollout_batch_size and "
+                "transition_batch_size to 'auto' instead: they bound memory and change nothing else."
             )
         if self.sde_steps is not None:
             if not self.sde_steps or len(set(self.sde_steps)) < len(self.sde_steps):

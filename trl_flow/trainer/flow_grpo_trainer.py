@@ -318,6 +318,15 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
                 "or --accelerate_config multi_gpu, or show it one GPU with CUDA_VISIBLE_DEVICES."
             )
         check_gradient_scale(self.policy.gradient_scale, self.accelerator.distributed_type)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            for name in ("sampling", "training"):
+                size = self.batch_sizes[name]
+                size.shared = True
+                if size.rows is None:
+                    raise ValueError(
+                        f"{size.name}={size.setting!r} does not work with FSDP and DeepSpeed: all processes take part in each "
+                        "forward, and one that finds another number of rows would wait for the others. Give a number."
+                    )
         self.model_accepts_loss_kwargs = False
         # What `torch_compile` or the launcher asks for. accelerate would compile the policy as a whole, which is the pipeline's
         # own code, and that is not made for it.
@@ -351,9 +360,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         diagnosis = Diagnosis(name)
         try:
             with torch.random.fork_rng():
-                examine_policy(
-                    self.policy, diagnosis, transition_batch_size=self.args.transition_batch_size, image=image
-                )
+                examine_policy(self.policy, diagnosis, image=image)
         except Untrainable as problem:
             raise ValueError(
                 f"{name} cannot be trained{f' with generation_kwargs={given}' if given else ''}: {problem}. `trl-flow doctor` "
@@ -616,6 +623,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             if self.eval_dataset is not None and self.last_evaluation() != self.state.global_step:
                 self._save_for_last_evaluation()
                 self.evaluate()
+            self.note_batch_sizes()
         except BaseException:
             report_stop(self.args, self.state)
             raise

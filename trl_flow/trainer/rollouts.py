@@ -56,9 +56,36 @@ class RolloutMixin:
         """The executor's view of the policy, for a batch of prompts."""
 
         def velocity(latents, sigma, prompt):
-            return self.model(latents, sigma, [conditioning[number] for number in prompt.tolist()])
+            numbers = prompt.tolist()
+
+            def part_of(part: slice):
+                return self.model(latents[part], sigma, [conditioning[number] for number in numbers[part]])
+
+            parts = self.batch_sizes["sampling"].in_parts(part_of, len(latents))
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         return velocity
+
+    def find_batch_sizes(self, row: dict):
+        """Finds how many rows sampling and decoding can take at once, where that is not known, with any row of a dataset."""
+        sampling, decoding = self.batch_sizes["sampling"], self.batch_sizes["decoding"]
+        if sampling.rows is not None and decoding.rows is not None:
+            return
+        device, sigma = self.accelerator.device, self.sigmas[0].item()
+        (condition,) = self.conditioning([row["prompt"]], self.images([row]))
+
+        def latents(n: int) -> torch.Tensor:
+            return torch.zeros(n, *self.policy.latent_shape, device=device)
+
+        @torch.no_grad()
+        def sample(n: int):
+            self.model(latents(n), sigma, [condition] * n)
+
+        def decode(n: int):
+            self.policy.decode(latents(n), n, [condition] * n)
+
+        sampling.find(sample, device, self._reserved_memory())
+        decoding.find(decode, device, self._reserved_memory())
 
     def _generate_and_score(self, rows: list[dict]) -> list[dict]:
         """Samples, scores and credits one rollout batch. Returns the micro-batches that it feeds, in training order."""
@@ -68,9 +95,11 @@ class RolloutMixin:
         noise_levels = (self.noise_levels + [0.0] * plan.num_steps)[: plan.num_steps]
         prompts, images = [row["prompt"] for row in rows], self.images(rows)
         device = self.accelerator.device
-        # As many prompts at once as fill a forward: few large batches instead of many small ones.
-        prompts_per_sweep = max(1, args.rollout_batch_size // plan.width)
         times = dict.fromkeys(("rollout", "decode", "reward"), 0.0)
+        with timed(times, "rollout"):
+            self.find_batch_sizes(rows[0])
+        # As many prompts at once as fill a forward: few large batches instead of many small ones.
+        prompts_per_sweep = max(1, self.batch_sizes["sampling"].rows // plan.width)
         nodes, scoring, scored, observed = [], deque(), [], []
         leaf_position = {node: position for position, node in enumerate(plan.leaves)}
         edges = [plan.transitions[step] for step in plan.steps]
@@ -98,8 +127,7 @@ class RolloutMixin:
                     torch.stack(noise).to(device),
                     noise_levels,
                     args.sde_type,
-                    args.rollout_batch_size,
-                    self.policy.initial_scale(sigmas),
+                    initial_scale=self.policy.initial_scale(sigmas),
                 )
             self._nfe += rollout.num_evaluations
             observed.append(self.observe(rollout))
@@ -222,7 +250,9 @@ class RolloutMixin:
         Raises:
             ValueError: If there are values that are no numbers: a reward would score them as it pleases.
         """
-        decoded = self.policy.decode(latents, self.args.rollout_batch_size, conditioning)
+        decoded = self.batch_sizes["decoding"].retried(
+            lambda batch_size: self.policy.decode(latents, batch_size, conditioning), len(latents)
+        )
         if not decoded.isfinite().all():
             dtype = conditioning[0].latent_dtype
             what = (

@@ -165,6 +165,13 @@ class SavingMixin:
                 if table.resolve() != (file.parent / CALIBRATION_FILE).resolve():
                     shutil.copy(table, file.parent / CALIBRATION_FILE)
 
+    def note_batch_sizes(self):
+        """Writes the batch sizes of the first process that are not the settings into the run's file."""
+        found = {name: size.rows for name, size in self.batch_sizes.items() if size.rows not in (None, size.setting)}
+        if found and self.is_world_process_zero():
+            file = Path(self.args.output_dir) / RUN_FILE
+            file.write_text(json.dumps({**json.loads(file.read_text()), "batch_sizes": found}, indent=2) + "\n")
+
     @contextmanager
     def averaged_weights(self):
         """The policy with the moving average of its weights, where one is kept."""
@@ -215,6 +222,7 @@ class SavingMixin:
             super()._save_checkpoint(model, trial)
         finally:
             self._saving_checkpoint = False
+        self.note_batch_sizes()
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         if not os.path.isdir(folder):
             return
@@ -227,6 +235,7 @@ class SavingMixin:
                 "rows_trained": self._rows_trained,
                 "elapsed": self._elapsed,
                 "buffered_inputs": self._buffered_inputs,
+                "batch_sizes": {name: size.state() for name, size in self.batch_sizes.items()},
                 "ema": None if self._ema is None else self._ema.state_dict(),
                 **self.method_state(),
             }
@@ -395,6 +404,8 @@ class SavingMixin:
         self._step, self._nfe, self._elapsed = state["step"], state["nfe"], state["elapsed"]
         self._rows_trained = state["rows_trained"]
         self._buffered_inputs = state["buffered_inputs"]
+        for name, size in state.get("batch_sizes", {}).items():
+            self.batch_sizes[name].load(size)
         self._load_average(state)
         self.load_method_state(state)
 

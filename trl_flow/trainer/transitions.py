@@ -73,7 +73,7 @@ def trained_steps(
     """
     table, sigmas = conditioning(inputs["prompts"], inputs["images"]), sigmas.tolist()
     trained = inputs["trained"].cpu()
-    weight = 1.0 / max(1, trained.sum().item())
+    weight = 1.0 / max(1, int(trained.numpy().sum()))
     informative = trained & (inputs["advantages"] != 0).cpu() if skip_uninformative else trained
     if not informative.any():
         informative = torch.zeros_like(trained)

@@ -73,15 +73,12 @@ class UpdateMixin:
         size.find(lambda n: self._try_rows(inputs, steps[0], n), loss_sum.device, self._reserved_memory())
         gradient = self._gradient()
         for number, at in enumerate(steps):
-            previous, done = gradient, None
-            while done is None:
-                rows = min(size.rows, len(at.rows))
-                try:
-                    done = self._train_step(model, inputs, at, rows, number == len(steps) - 1)
-                except Exception as error:
-                    size.lower(error, rows)
-                    self._set_gradient(previous)
-            size.succeeded()
+            previous, last = gradient, number == len(steps) - 1
+            done = size.retried(
+                functools.partial(self._train_step, model, inputs, at, last),
+                len(at.rows),
+                functools.partial(self._set_gradient, previous),
+            )
             for members, statistics, loss, logs in done:
                 loss_sum += loss
                 for name, value in logs.items():
@@ -97,7 +94,7 @@ class UpdateMixin:
         self._log_update(logged, norms, inputs["steps"].tolist())
         return loss_sum
 
-    def _train_step(self, model, inputs: dict, at: TrainedStep, batch_size: int, last: bool) -> list[tuple]:
+    def _train_step(self, model, inputs: dict, at: TrainedStep, last: bool, batch_size: int) -> list[tuple]:
         """
         Adds the gradient of one step of a micro-batch, chunk by chunk; `last` if no other step follows.
 
@@ -187,7 +184,7 @@ class UpdateMixin:
         """Trains n rows, the same ones again if there are fewer, and forgets their gradient."""
         before = self._gradient()
         tried = dataclasses.replace(at, rows=at.rows[torch.arange(n) % len(at.rows)])
-        self._train_step(self.model, {**inputs, "old": None}, tried, n, False)
+        self._train_step(self.model, {**inputs, "old": None}, tried, False, n)
         self._set_gradient(before)
 
     def _reserved_memory(self) -> int:
