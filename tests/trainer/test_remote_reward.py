@@ -12,17 +12,22 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Training on a reward server that is killed and started again is training on the reward itself."""
+"""Training on a reward server, killed and started again, or shared by processes, is training on the reward itself."""
 
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
+import urllib.request
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from trl_flow.rewards import remote
@@ -110,3 +115,80 @@ def test_a_server_killed_during_training_loses_no_step(make_trainer, tmp_path, m
     assert logged(trainer) == logged(local)
     for ours, theirs in zip(trainer.model.parameters(), local.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+# One call at a time, of two pictures at most, and room for one request: all others wait at the door.
+SLOW_SERVER = """
+import time
+
+from pipelines import brightness
+from trl_flow.rewards.server import RewardServer, serve
+
+
+def slow(images, **kwargs):
+    time.sleep(0.05)
+    return brightness(images)
+
+
+RewardServer.entry_timeout = 0.2
+serve(slow, port=0, batch_size=2, max_queue=1)
+"""
+
+TRAINING = """
+import os
+import sys
+
+import torch
+from peft import LoraConfig
+from pipelines import brightness, prompts, tiny_sd3
+from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
+
+folder, url = sys.argv[1:]
+config = FlowGRPOConfig(
+    output_dir=folder, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1,
+    max_steps=2, per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1)), learning_rate=1.0, optim="sgd",
+    max_grad_norm=0.0, num_inference_steps=4, num_generations=4, guidance_scale=1.0, max_sequence_length=2, beta=0.0,
+    ema_decay=0, scale_rewards="group",
+)
+reward = {"remote": {"url": url, "batch_size": 1, "max_wait": 120}} if url else brightness
+trainer = FlowGRPOTrainer(
+    tiny_sd3(), reward, config, prompts(8), peft_config=LoraConfig(r=2, lora_alpha=6, target_modules=None)
+)
+torch.manual_seed(0)
+for parameter in trainer._trainable:  # LoRA begins with zeros, which have no gradient for the other half
+    parameter.data = 0.1 * torch.randn(parameter.shape)
+trainer.train()
+failed = [entry[key] for entry in trainer.state.log_history for key in entry if key.endswith("/failed")]
+assert failed == [0.0, 0.0], failed
+trainer.accelerator.wait_for_everyone()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_four_processes_share_a_slow_server_with_room_for_one(tmp_path):
+    """They make the updates of one process without a server, and each picture is scored once."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment.pop(remote.TOKEN_VARIABLE, None)
+    (tmp_path / "train.py").write_text(TRAINING)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+
+    def train(name: str, command: list[str], url: str) -> dict:
+        command = [*command, str(tmp_path / "train.py"), str(tmp_path / name), url]
+        outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        assert outcome.returncode == 0, outcome.stderr[-3000:]
+        return load_file(tmp_path / name / "adapter_model.safetensors")
+
+    server = subprocess.Popen([sys.executable, "-c", SLOW_SERVER], env=environment, text=True, stdout=subprocess.PIPE)
+    try:
+        url = server.stdout.readline().split()[5]
+        shared = train("shared", launch, url)
+        with urllib.request.urlopen(f"{url}/health") as answer:
+            # Two grey ones of each process; two updates of four prompts with four pictures each.
+            assert json.load(answer)["scored"] == 4 * 2 + 2 * 4 * 4
+    finally:
+        server.kill()
+        server.communicate()
+    alone = train("alone", [sys.executable], "")
+    for key in alone:
+        torch.testing.assert_close(shared[key], alone[key], rtol=0, atol=5e-6)
