@@ -70,6 +70,7 @@ def test_blocks_by_diffusers_names():
         repeated_blocks(nn.Linear(1, 1))
 
 
+@pytest.mark.slow
 def test_graphs_are_few_whatever_the_numbers_of_rows():
     """
     SD3's last block is another kind than the others: two kinds, each for the first number of rows, for any, and for one; as
@@ -88,6 +89,7 @@ def test_graphs_are_few_whatever_the_numbers_of_rows():
     assert counter.frame_count == 8
 
 
+@pytest.mark.slow
 def test_more_graphs_than_torch_would_make_by_default():
     """Its limit is 8 of one piece of code. Beyond it, blocks would run uncompiled, and nothing would say so."""
     policy, plain = make_policy(guidance_scale=4.5), make_policy(guidance_scale=4.5)

@@ -27,6 +27,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from ..credit import AGGREGATIONS
 from ..objective import KL_TYPES, OBJECTIVES, STEP_WEIGHTINGS
+from ..policy.attention import check_attention_backend
 from ..rollout import DYNAMICS
 from .batch_size import parse_batch_size
 
@@ -85,6 +86,9 @@ class FlowGRPOConfig(_BaseConfig):
             same as `""` to all pipelines.
         generation_kwargs (`dict`, *optional*):
             More arguments of the pipeline's call, such as `{"true_cfg_scale": 4.0}`.
+        attention_backend (`str`, *optional*):
+            Kernel of the denoiser's attention, in rollouts, training and evaluation, by the name of diffusers: `"flash"`,
+            `"_native_cudnn"`, `"flex"` ... Defaults to what torch chooses.
         sde_type (`str`, *optional*, defaults to `"flow"`):
             Dynamics of the stochastic steps: `"flow"`, `"dance"` or `"cps"`.
         noise_level (`float`, `list[float]` or `str`, *optional*, defaults to `0.7`):
@@ -245,6 +249,13 @@ class FlowGRPOConfig(_BaseConfig):
     generation_kwargs: dict | str | None = field(
         default=None,
         metadata={"help": "More arguments of the pipeline's call, as JSON, such as '{\"true_cfg_scale\": 4.0}'."},
+    )
+    attention_backend: str | None = field(
+        default=None,
+        metadata={
+            "help": "Kernel of the denoiser's attention, in rollouts, training and evaluation, by the name of diffusers: "
+            "`flash`, `_native_cudnn`, `flex` ... Defaults to what torch chooses."
+        },
     )
     sde_type: str = field(
         default="flow",
@@ -430,6 +441,8 @@ class FlowGRPOConfig(_BaseConfig):
     def validate(self):
         """Raises `ValueError` for settings that cannot work, before any work is spent."""
         _check_choice("sde_type", self.sde_type, DYNAMICS)
+        if self.attention_backend is not None:
+            check_attention_backend(self.attention_backend)
         _check_choice("kl_type", self.kl_type, KL_TYPES)
         _check_choice("step_weighting", self.step_weighting, STEP_WEIGHTINGS)
         _check_choice("objective", self.objective, OBJECTIVES)

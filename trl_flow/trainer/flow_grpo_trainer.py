@@ -49,6 +49,7 @@ from ..objective import (
     step_weights,
 )
 from ..policy import FlowPolicy, default_call_arguments, encode_prompts, load_pipeline
+from ..policy.attention import set_attention_backend
 from ..policy.doctor import Diagnosis, Untrainable, examine_policy
 from ..report import ProgressLine
 from ..report.live import LiveReport, report_stop, try_report
@@ -264,6 +265,8 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             generation_kwargs=args.generation_kwargs,
             full_finetuning=args.full_finetuning,
         )
+        if args.attention_backend is not None:
+            set_attention_backend(self.policy, args.attention_backend)
         if args.num_eval_inference_steps is None:
             args.num_eval_inference_steps = self.policy.family.num_eval_inference_steps
         for name, (_, weights) in adapter.items():
