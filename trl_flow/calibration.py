@@ -24,7 +24,7 @@ from tqdm import tqdm
 from . import __version__
 from .credit import combine_rewards, gain
 from .report import plot_calibration
-from .rollout import dense_plan, diffusion_coefficient, execute, seeded_noise
+from .rollout import dense_plan, diffusion_coefficient, execute, seeded_noise, to_device
 from .trainer.dense_grpo_config import DenseGRPOConfig
 from .trainer.dense_grpo_trainer import DenseGRPOTrainer
 
@@ -155,7 +155,7 @@ def calibrate_noise(
                 plan,
                 trainer.velocity(conditioning),
                 trainer.sigmas,
-                torch.stack(noise).to(trainer.accelerator.device),
+                to_device(torch.stack(noise), trainer.accelerator.device),
                 levels,
                 args.sde_type,
                 initial_scale=trainer.policy.initial_scale(trainer.sigmas),

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from trl_flow import FlowPolicy
-from trl_flow.rollout import Plan, execute
+from trl_flow.rollout import Plan, execute, to_device
 
 
 class RefuseTables(TorchFunctionMode):
@@ -182,3 +182,22 @@ def test_a_sweep_on_a_gpu_never_waits(make):
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     torch.testing.assert_close(rollout.leaves, expected.leaves)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
+def test_transfers_by_way_of_pinned_memory():
+    values = torch.randn(1000, 1000)
+    with_sync = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved = to_device(values, torch.device("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode(with_sync)
+    assert torch.equal(moved.cpu(), values)
+    policy = policy_of(tiny_sd3())
+    latents = torch.randn(5, *policy.latent_shape)
+    expected = policy.decode(latents, batch_size=2)
+    for component in policy.pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.to("cuda")
+    torch.testing.assert_close(policy.decode(latents.cuda(), batch_size=2), expected, rtol=1e-2, atol=1e-2)

@@ -24,6 +24,6 @@ from .dynamics import (
     transition,
 )
 from .executor import Rollout, execute
-from .noise import seeded_noise, seeded_subsets
+from .noise import seeded_noise, seeded_subsets, to_device
 from .plan import Plan, branch_plan, chain_plan, dense_plan, forward_plan, stride_waypoints, tail_waypoints
 from .windows import SCHEDULES, window

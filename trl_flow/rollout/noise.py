@@ -33,6 +33,20 @@ def seeded_noise(*key, num_draws: int, latent_shape: tuple[int, ...]) -> torch.T
     return torch.randn(num_draws, *latent_shape, generator=_generator(key))
 
 
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """
+    What was drawn on the CPU, on the device that samples. On its way to a GPU it passes through pinned memory: the host does
+    not wait until the GPU is ready to take it.
+
+    Args:
+        values (`torch.Tensor`): On the CPU.
+        device (`torch.device`): Where they are to be.
+    """
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
 def seeded_subsets(*key, num_subsets: int, num_items: int, size: int) -> torch.Tensor:
     """
     Random subsets as a mask of shape `(num_subsets, num_items)`, each row with `size` of its items, as a function of

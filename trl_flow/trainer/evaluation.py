@@ -28,7 +28,7 @@ from PIL import Image
 from ..credit import combine_rewards
 from ..report.history import Samples
 from ..report.tracking import save_grid
-from ..rollout import Plan, execute, seeded_noise
+from ..rollout import Plan, execute, seeded_noise, to_device
 from .rollouts import MOST_WAITING, means_by_tag
 
 
@@ -94,7 +94,7 @@ class EvaluationMixin:
                     plan,
                     self.velocity(conditioning),
                     sigmas,
-                    torch.stack(noise).to(self.accelerator.device),
+                    to_device(torch.stack(noise), self.accelerator.device),
                     [0.0] * plan.num_steps,
                     initial_scale=self.policy.initial_scale(sigmas),
                 )

@@ -29,7 +29,7 @@ from PIL import Image
 from ..credit import assign_credit, combine_rewards, compared_leaves
 from ..report.sample_table import contrasting, print_samples
 from ..rewards import NothingToLearnError, check_rewards, start_scoring
-from ..rollout import execute, seeded_noise
+from ..rollout import execute, seeded_noise, to_device
 from .transitions import select_transitions
 
 
@@ -124,7 +124,7 @@ class RolloutMixin:
                     plan,
                     self.velocity(conditioning),
                     sigmas,
-                    torch.stack(noise).to(device),
+                    to_device(torch.stack(noise), device),
                     noise_levels,
                     args.sde_type,
                     initial_scale=self.policy.initial_scale(sigmas),
