@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Finds what the surroundings of a run have wrong and nobody says: a torchvision for another torch, a process too few."""
+"""Finds what the surroundings of a run have wrong and nobody says: a torchvision for another torch, a process too few or gone."""
 
 import importlib
 import importlib.metadata
@@ -23,6 +23,17 @@ from pathlib import Path
 # Set for the processes that a command launches: how many were asked for, or nothing if that was left to accelerate.
 LAUNCHED = "TRL_FLOW_LAUNCHED"
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # those that accelerate reads
+
+
+class ProcessLostError(ConnectionError):
+    """Another process of the run has ended, and this one cannot go on without it."""
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error is what torch.distributed raises when another process is gone."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def check_torchvision():

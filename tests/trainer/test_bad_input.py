@@ -152,7 +152,7 @@ def test_settings(make_trainer, method, settings, message):
         (
             TEMP,
             {"num_seeds": 2, "per_device_train_batch_size": 3},
-            "per_device_train_batch_size=3 x steps_per_generation=1 groups cannot hold 2 groups of each prompt: expected a "
+            "per_device_train_batch_size=3 x steps_per_generation=1 x 1 processes = 3 groups cannot hold 2 groups of each prompt: expected a "
             "multiple of 2",
         ),
         ((TempFlowGRPOTrainer, FlowGRPOConfig), {}, "expected a multiple of 4"),

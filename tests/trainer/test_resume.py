@@ -20,6 +20,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from pipelines import brightness, prompts, tiny_sd3
+from safetensors.torch import load_file
 
 from trl_flow import DenseGRPOConfig, DenseGRPOTrainer, FlowGRPOTrainer, G2RPOConfig, G2RPOTrainer
 
@@ -233,3 +234,79 @@ def test_a_run_that_is_done_is_not_gone_on_with(make_trainer):
     make_trainer(**settings).train()
     with pytest.raises(ValueError, match="has done 2 updates: with max_steps=2 there is nothing left to do"):
         make_trainer(**settings).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "settings, what",
+    [
+        ({"per_device_train_batch_size": 2}, "2 groups per update and 4 per rollout"),
+        ({"steps_per_generation": 4}, "1 groups per update and 4 per rollout"),
+        ({"num_iterations": 2}, "1 groups per update and 2 per rollout, trained 2 times"),
+    ],
+)
+def test_checkpoints_of_other_updates_are_refused(make_trainer, settings, what):
+    begun = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "steps_per_generation": 2}
+    make_trainer(**begun).train()
+    with pytest.raises(ValueError, match=f"1 groups per update and 2 per rollout, trained once; this one has {what}"):
+        make_trainer(**{**begun, "max_steps": 4, **settings}).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_several_processes_that_lacks_one_is_refused(make_trainer):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    make_trainer(**settings, per_device_train_batch_size=2).train()
+    file = make_trainer.directory / "run" / "checkpoint-1" / "rollout_state_0.pt"
+    state = torch.load(file, weights_only=True)
+    torch.save(state | {"layout": (2, 1, 1, 1, 1, 1)}, file)
+    with pytest.raises(ValueError, match=r"made by 2 processes, and rollout_state_1\.pt is not there"):
+        make_trainer(**settings, per_device_train_batch_size=2).train(resume_from_checkpoint=str(file.parent))
+
+
+def test_micro_steps_may_be_other_ones(make_trainer):
+    """One update of four groups at once, or of four micro-steps, in the middle of a rollout."""
+    settings = {"train_dataset": prompts(9), "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"ema_decay": 0.9, "num_iterations": 2}
+    straight = make_trainer(**settings, per_device_train_batch_size=4)
+    straight.train()
+    straight.save_model()
+    resumed = make_trainer(
+        **{**settings, "save_steps": 100},
+        gradient_accumulation_steps=4,
+        output_dir=str(make_trainer.directory / "resumed"),
+    )
+    resumed.train(resume_from_checkpoint=str(make_trainer.directory / "run" / "checkpoint-1"))
+    resumed.save_model()
+    found, expected = (
+        load_file(make_trainer.directory / name / "adapter_model.safetensors") for name in ("resumed", "run")
+    )
+    moved = load_file(make_trainer.directory / "run" / "checkpoint-1" / "adapter_model.safetensors")
+    assert any((expected[key] - moved[key]).abs().max() > 1e-3 for key in expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(make_trainer, caplog):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    straight = make_trainer(**settings)
+    straight.train()
+    run = make_trainer.directory / "run"
+    expected = adapter(run / "checkpoint-4")
+    for name in ("checkpoint-4", "checkpoint-3"):
+        (run / name / "rollout_state_0.pt").unlink()
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert "checkpoint-4 is not whole" in caplog.text and adapter(run / "checkpoint-4") == expected
+
+
+def test_older_checkpoints_are_removed_when_the_new_one_is_whole(make_trainer, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1)
+    run = make_trainer.directory / "run"
+    method_state = trainer.method_state
+    monkeypatch.setattr(
+        trainer, "method_state", lambda: killed() if trainer.state.global_step == 2 else method_state()
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (run / "checkpoint-1" / "rollout_state_0.pt").is_file()

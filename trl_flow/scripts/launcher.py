@@ -16,6 +16,7 @@
 
 import os
 import signal
+import sys
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,7 +104,16 @@ def launch(command: str, args: list[str], launch_args: list[str]) -> int:
     except CalledProcessError as failure:
         return _exit_code(failure.returncode)
     except ChildFailedError as failure:
-        return _exit_code(failure.get_first_failure()[1].exitcode)
+        rank, first = failure.get_first_failure()
+        if -first.exitcode in (signal.SIGKILL, signal.SIGABRT, signal.SIGBUS, signal.SIGSEGV):
+            # All but this one: it had no time to.
+            print(
+                f"trl-flow {command}: error: process {rank} was ended by {signal.Signals(-first.exitcode).name}, and the others "
+                "with it. Systems kill processes so when memory runs out. Go on from the last checkpoint with "
+                "--resume_from_checkpoint true, on any number of processes.",
+                file=sys.stderr,
+            )
+        return _exit_code(first.exitcode)
     except SignalException as failure:
         return 128 + failure.sigval
     finally:

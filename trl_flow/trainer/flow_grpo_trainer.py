@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DynamoBackend, set_seed
+from accelerate.utils import DynamoBackend, gather_object, set_seed
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
@@ -33,12 +33,11 @@ from peft import PeftConfig, set_peft_model_state_dict
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..credit import outcome
-from ..environment import check_processes
+from ..environment import ProcessLostError, check_processes, is_lost_connection
 from ..hub import read_adapter
 from ..notebook import NotebookProgress, in_notebook
 from ..objective import (
@@ -69,11 +68,12 @@ from .arguments import (
 from .batch_size import BatchSize
 from .evaluation import EvaluationMixin
 from .flow_grpo_config import FlowGRPOConfig
+from .layout import Layout
 from .noise_table import load_noise_table
 from .resuming import run_from_hub
 from .rollouts import RolloutMixin
 from .sampler import EpochRepeatSampler
-from .saving import SavingMixin, check_output_dir
+from .saving import SavingMixin, check_output_dir, last_checkpoint
 from .transitions import TransitionChunk
 from .updates import UpdateMixin
 
@@ -211,14 +211,13 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         # Method
         self.sde_steps = sorted(args.sde_steps) if args.sde_steps is not None else self.default_sde_steps()
         self.check_args()
-        groups_per_process = args.per_device_train_batch_size * args.steps_per_generation
-        if groups_per_process % self.groups_per_prompt:
+        if self.layout.groups_per_rollout % self.groups_per_prompt:
             raise ValueError(
                 f"A rollout of per_device_train_batch_size={args.per_device_train_batch_size} x steps_per_generation="
-                f"{args.steps_per_generation} groups cannot hold {self.groups_per_prompt} groups of each prompt: expected "
-                f"a multiple of {self.groups_per_prompt}."
+                f"{args.steps_per_generation} x {args.world_size} processes = {self.layout.groups_per_rollout} groups cannot "
+                f"hold {self.groups_per_prompt} groups of each prompt: expected a multiple of {self.groups_per_prompt}."
             )
-        prompts_per_rollout = groups_per_process // self.groups_per_prompt * args.world_size
+        prompts_per_rollout = self.layout.groups_per_rollout // self.groups_per_prompt
         if len(train_dataset) < prompts_per_rollout:
             raise ValueError(
                 f"train_dataset has {len(train_dataset)} prompts, but one rollout takes {prompts_per_rollout}: "
@@ -487,6 +486,19 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         return self.args.num_generations
 
     @property
+    def layout(self) -> Layout:
+        """How the groups of a rollout are dealt to processes and micro-steps."""
+        args = self.args
+        return Layout(
+            args.world_size,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.steps_per_generation,
+            self.updates_per_pass,
+            args.num_iterations,
+        )
+
+    @property
     def _micro_steps(self) -> int:
         """Micro-steps of one pass over a rollout."""
         return self.args.steps_per_generation * self.updates_per_pass
@@ -550,14 +562,9 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
 
     def _get_train_sampler(self, dataset=None):
         return EpochRepeatSampler(
-            data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=self.groups_per_prompt,
-            batch_size=self._train_batch_size
-            * self.args.steps_per_generation
-            * self.accelerator.num_processes
-            // self.groups_per_prompt,
-            repeat_count=self.args.num_iterations * self._micro_steps,
-            shuffle=True,
+            self.train_dataset if dataset is None else dataset,
+            self.layout,
+            self.groups_per_prompt,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
         )
 
@@ -578,10 +585,10 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
         self.print_samples()
 
     def averaged_metrics(self, mode: str, prefix: str = "") -> dict[str, float | None]:
-        """Means of what was noted since the last log; `None` where every value is NaN."""
-        metrics = {}
-        for key, values in self._metrics[mode].items():
-            known = [value for value in values if not math.isnan(value)]
+        """Means of what all processes have noted since the last log; `None` where every value is NaN."""
+        metrics, noted = {}, gather_object([dict(self._metrics[mode])])
+        for key in dict.fromkeys(key for values in noted for key in values):
+            known = [value for values in noted for value in values.get(key, ()) if not math.isnan(value)]
             metrics[prefix + key] = sum(known) / len(known) if known else None
         self._metrics[mode].clear()
         return metrics
@@ -600,7 +607,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
                 be. What the repository holds of the run is then put into `output_dir`.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True, but {self.args.output_dir} holds no checkpoint.")
         from_hub = bool(resume_from_checkpoint) and not Path(resume_from_checkpoint).is_dir()
@@ -627,8 +634,15 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
                 self._save_for_last_evaluation()
                 self.evaluate()
             self.note_batch_sizes()
-        except BaseException:
+        except BaseException as error:
             report_stop(self.args, self.state)
+            if self.args.world_size > 1 and is_lost_connection(error):
+                raise ProcessLostError(
+                    f"Process {self.args.process_index} of {self.args.world_size} has lost another one after update "
+                    f"{self.state.global_step}. That one's own output says why it has ended; if it says nothing, it was "
+                    "killed, as systems do when memory runs out. Go on from the last checkpoint with "
+                    "resume_from_checkpoint=True, on any number of processes."
+                ) from error
             raise
         finally:
             self._reward_threads.close()

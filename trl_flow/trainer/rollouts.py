@@ -16,9 +16,10 @@
 
 import math
 import time
-from collections import defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -105,11 +106,7 @@ class RolloutMixin:
         edges = [plan.transitions[step] for step in plan.steps]
         leaves = torch.tensor([[[leaf_position[leaf] for leaf in e.leaves] for e in group] for group in edges])
         compared = compared_leaves(leaves, len(plan.leaves))
-        seen = defaultdict(int)
-        keys = []
-        for prompt in prompts:
-            keys.append(f"{self._step}|{prompt}|{seen[prompt]}")
-            seen[prompt] += 1
+        keys = self._group_keys(prompts)
         for start in range(0, len(rows), prompts_per_sweep):
             part = slice(start, start + prompts_per_sweep)
             with timed(times, "rollout"):
@@ -164,7 +161,7 @@ class RolloutMixin:
             leaves,
             self.credit,
             args.multi_objective_aggregation,
-            self._gather,
+            self._gather_groups,
             scale=args.scale_rewards,
             **self._normalization,
         )
@@ -206,6 +203,38 @@ class RolloutMixin:
         for name, seconds in times.items():
             self._metrics["train"][f"time/{name}"].append(seconds)
         return micro_batches
+
+    def _group_keys(self, prompts: list[str]) -> list[str]:
+        """
+        What the noise of each group is a function of, and any other randomness of its own: the update that it is for, the
+        prompt and, where the rollout has a prompt several times, its turn.
+        """
+        everyone, own = prompts, range(len(prompts))
+        if self._prompts_recur:
+            # Of the rollout, not of the process: the turn of a group must not depend on how they are dealt.
+            dealt = self.layout.dealt()
+            gathered = gather_object(prompts)
+            everyone = [gathered[position] for position in dealt.flatten().argsort().tolist()]
+            own = dealt[self.args.process_index].tolist()
+        # Updates, unlike micro-steps, are as many on any number of processes.
+        update = self._step // self.args.gradient_accumulation_steps
+        seen, keys = Counter(), []
+        for prompt in everyone:
+            keys.append(f"{update}|{prompt}|{seen[prompt]}")
+            seen[prompt] += 1
+        return [keys[number] for number in own]
+
+    @cached_property
+    def _prompts_recur(self) -> bool:
+        """Whether groups of one prompt may be on several processes. All of them give the same answer."""
+        if self.args.world_size == 1:
+            return False
+        own = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return own % self.groups_per_prompt > 0 or len(set(self.train_dataset["prompt"][:])) < len(self.train_dataset)
+
+    def _gather_groups(self, values: torch.Tensor) -> torch.Tensor:
+        """Values `(B, ...)` of this process's groups -> those of all groups of the rollout, in its order."""
+        return self.layout.in_order(self._gather(values))
 
     def _check_failures(self, rewards: torch.Tensor, failed: torch.Tensor) -> torch.Tensor:
         """

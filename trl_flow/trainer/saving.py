@@ -28,10 +28,11 @@ from pathlib import Path
 
 import httpx2
 import torch
+from accelerate.utils import send_to_device
 from huggingface_hub import CommitInfo, create_repo
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint
 from transformers.utils.hub import PushInProgress
 
 from ..hub import create_model_card, load_policy, save_policy, supports_diffusers_format
@@ -49,6 +50,7 @@ from ..hub.uploading import (
 from ..prompts import PROMPT_SETS, prompts_name
 from ..report.history import without_paths
 from ..report.live import try_report
+from .layout import Layout, deal_anew
 from .run_config import python_call, python_config, write_config
 
 
@@ -70,6 +72,34 @@ def check_output_dir(output_dir: str):
         )
 
 
+def _rollout_file(checkpoint: str, rank: int) -> Path:
+    return Path(checkpoint, f"rollout_state_{rank}.pt")
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint of a run, and of those that all processes have finished, if there is any."""
+    newest = get_last_checkpoint(output_dir)
+    if newest is None or _is_whole(newest):
+        return newest
+    checkpoints = sorted(
+        Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"),
+        key=lambda path: int(path.name.split("-")[-1]),
+        reverse=True,
+    )
+    whole = next((str(path) for path in checkpoints if _is_whole(path)), None)
+    if whole is not None:
+        logger.warning(f"{newest} is not whole: the run was killed while it was saved. It goes on from {whole}.")
+    return whole or newest
+
+
+def _is_whole(checkpoint: str | Path) -> bool:
+    file = _rollout_file(checkpoint, 0)
+    if not file.is_file() or not Path(checkpoint, TRAINER_STATE_NAME).is_file():
+        return False
+    processes = torch.load(file, weights_only=True, map_location="cpu", mmap=True).get("layout", [1])[0]
+    return all(_rollout_file(checkpoint, rank).is_file() for rank in range(processes))
+
+
 def _describe(rewards: dict[str, dict[str, str]]) -> str:
     texts = (", ".join(f"{key} {value}" for key, value in source.items()) for source in rewards.values())
     return ", ".join(f"{name!r} ({text})" if text else repr(name) for name, text in zip(rewards, texts, strict=True))
@@ -89,18 +119,35 @@ class SavingMixin:
         return next((entry["step"] for entry in reversed(self.state.log_history) if "eval_reward" in entry), None)
 
     def check_checkpoint(self, checkpoint: str):
-        """Refuses a checkpoint that is not one of this method."""
-        state = Path(checkpoint) / f"rollout_state_{self.args.process_index}.pt"
-        if not state.is_file():
+        """Refuses a checkpoint that is not one of this method, with updates and rollouts of as many groups."""
+        if not any(_rollout_file(checkpoint, rank).is_file() for rank in (0, self.args.process_index)):
             raise ValueError(
-                f"resume_from_checkpoint={checkpoint}: it holds no {state.name}, so it is not a checkpoint of this "
-                "library, or was made with fewer processes or with save_only_model=True."
+                f"resume_from_checkpoint={checkpoint}: it holds no {_rollout_file(checkpoint, 0).name}, so it is not a "
+                "checkpoint of this library, or was made with save_only_model=True, or the run was killed while it was "
+                "saved: choose an earlier one."
             )
-        method = torch.load(state, weights_only=True, map_location="cpu")["method"]
-        if method != self._name:
+        state = self._rollout_state(checkpoint)
+        if state["method"] != self._name:
             raise ValueError(
-                f"resume_from_checkpoint={checkpoint} is a checkpoint of {method}, but this trainer is "
+                f"resume_from_checkpoint={checkpoint} is a checkpoint of {state['method']}, but this trainer is "
                 f"{self._name}. Resume it with its own trainer."
+            )
+        before, now = Layout(*state.get("layout", self.layout)), self.layout
+        if not now.has_updates_of(before):
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint}: it is of a run with {before}; this one has {now}. The number of "
+                "processes may be another, but not that of groups in an update (processes x per_device_train_batch_size x "
+                "gradient_accumulation_steps) and in a rollout (processes x per_device_train_batch_size x "
+                "steps_per_generation), nor how often they are trained (num_iterations)."
+            )
+        # Of the same layout, each process needs its own part of the rollout, else all of them.
+        needed = [self.args.process_index] if before == now else range(before.processes)
+        missing = [file.name for rank in needed if not (file := _rollout_file(checkpoint, rank)).is_file()]
+        if missing:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint}: it was made by {before.processes} processes, and {', '.join(missing)} "
+                "is not there. Each process saves its part of the rollout: put the files of all machines into one folder, or, "
+                "if the run was killed while it was saved, choose an earlier checkpoint."
             )
 
         done = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
@@ -226,25 +273,30 @@ class SavingMixin:
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         if not os.path.isdir(folder):
             return
-        if not self.args.save_only_model:
-            state = {
-                "method": self._name,
-                "trained_rewards": self._trained_rewards(),
-                "step": self._step,
-                "nfe": self._nfe,
-                "rows_trained": self._rows_trained,
-                "elapsed": self._elapsed,
-                "buffered_inputs": self._buffered_inputs,
-                "batch_sizes": {name: size.state() for name, size in self.batch_sizes.items()},
-                "ema": None if self._ema is None else self._ema.state_dict(),
-                **self.method_state(),
-            }
-            file = Path(folder, f"rollout_state_{self.args.process_index}.pt")
-            torch.save(state, file.with_suffix(".part"))
-            file.with_suffix(".part").replace(file)  # the last file of a checkpoint: where it is, all is
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
-            self.accelerator.wait_for_everyone()  # each process has written its state
             self._push_progress(os.path.basename(folder))
+
+    def _save_rng_state(self, output_dir: str):
+        """What a process saves of its own: Trainer's random states, and the rollout under way."""
+        super()._save_rng_state(output_dir)
+        state = {
+            "method": self._name,
+            "trained_rewards": self._trained_rewards(),
+            "layout": tuple(self.layout),
+            "step": self._step,
+            "nfe": self._nfe,
+            "rows_trained": self._rows_trained,
+            "elapsed": self._elapsed,
+            "buffered_inputs": self._buffered_inputs,
+            "batch_sizes": {name: size.state() for name, size in self.batch_sizes.items()},
+            "ema": None if self._ema is None else self._ema.state_dict(),
+            **self.method_state(),
+        }
+        file = _rollout_file(output_dir, self.args.process_index)
+        torch.save(state, file.with_suffix(".part"))
+        file.with_suffix(".part").replace(file)
+        # Trainer removes older checkpoints next: not before this one can be gone on with.
+        self.accelerator.wait_for_everyone()
 
     # ---- The Hub ----
 
@@ -401,9 +453,12 @@ class SavingMixin:
         if checkpoint is None:
             return
         state = self._rollout_state(checkpoint)
-        self._step, self._nfe, self._elapsed = state["step"], state["nfe"], state["elapsed"]
-        self._rows_trained = state["rows_trained"]
-        self._buffered_inputs = state["buffered_inputs"]
+        before, now = Layout(*state.get("layout", self.layout)), self.layout
+        self._elapsed, self._nfe, self._rows_trained = state["elapsed"], state["nfe"], state["rows_trained"]
+        self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+        if before != now:
+            self._step = self._step // before.accumulation * now.accumulation
+            self._deal_anew([self._rollout_state(checkpoint, rank) for rank in range(before.processes)], before)
         for name, size in state.get("batch_sizes", {}).items():
             self.batch_sizes[name].load(size)
         self._load_average(state)
@@ -416,11 +471,25 @@ class SavingMixin:
     def load_method_state(self, state: dict):
         """Takes back what [`method_state`] gave."""
 
-    def _rollout_state(self, checkpoint: str) -> dict:
-        file = os.path.join(checkpoint, f"rollout_state_{self.args.process_index}.pt")
-        # Of several processes without a GPU one has the device "cpu:0", which torch cannot load to.
-        device = "cpu" if self.accelerator.device.type == "cpu" else self.accelerator.device
-        return torch.load(file, weights_only=True, map_location=device)
+    def _deal_anew(self, states: list[dict], before: Layout):
+        """Takes this process's part of the rollout under way, and of what all have counted, from the states of all."""
+        now, process = self.layout, self.args.process_index
+        self._nfe, self._rows_trained = (
+            sum(state[name] for state in states) // now.processes for name in ("nfe", "rows_trained")
+        )
+        micro_batches = [state["buffered_inputs"] for state in states]
+        self._buffered_inputs = send_to_device(deal_anew(micro_batches, before, now, process), self.accelerator.device)
+
+    def _rollout_state(self, checkpoint: str, rank: int | None = None) -> dict:
+        """What a process saved; by default this one or, where there were fewer, the first one."""
+        file = _rollout_file(checkpoint, self.args.process_index if rank is None else rank)
+        if rank is None and not file.is_file():
+            file = _rollout_file(checkpoint, 0)
+        # All of them on the CPU: a GPU may have no room for more than its own. And of several processes without a GPU one has
+        # the device "cpu:0", which torch cannot load to.
+        device = self.accelerator.device
+        on_cpu = rank is not None or device.type == "cpu"
+        return torch.load(file, weights_only=True, map_location="cpu" if on_cpu else device)
 
     def _load_average(self, state: dict):
         if self._ema is not None and state["ema"] is not None:

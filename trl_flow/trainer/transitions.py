@@ -136,5 +136,17 @@ def select_transitions(inputs: dict, prompts: range, steps: torch.Tensor) -> dic
         "prompts": [inputs["prompts"][b] for b in prompts],
         "images": inputs["images"] and [inputs["images"][b] for b in prompts],
         "keys": [inputs["keys"][b] for b in prompts],
-        "old": None,
+        "old": inputs["old"] and {name: values[prompts][:, steps] for name, values in inputs["old"].items()},
+    }
+
+
+def join_transitions(parts: list[dict]) -> dict:
+    """The micro-batch of the prompts of several, which have the same steps."""
+    first = parts[0]
+
+    return first | {
+        **{name: torch.cat([part[name] for part in parts]) for name in ("nodes", "advantages", "trained")},
+        **{name: [value for part in parts for value in part[name]] for name in ("prompts", "keys")},
+        "images": first["images"] and [image for part in parts for image in part["images"]],
+        "old": first["old"] and {name: torch.cat([part["old"][name] for part in parts]) for name in first["old"]},
     }

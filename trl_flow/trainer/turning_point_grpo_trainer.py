@@ -59,12 +59,16 @@ class TurningPointGRPOTrainer(FlowGRPOTrainer):
     def credit(self, rewards):
         if not self.args.turning_points:
             return gain(rewards)
-        return turning_points(rewards, self.args.balance_turning_points)
+        if not self.args.balance_turning_points:
+            return turning_points(rewards, balance=False)
+        # As many up as down in the whole rollout, whatever part of it is this process's.
+        own = self.layout.dealt()[self.args.process_index]
+        return turning_points(self._gather_groups(rewards))[own]
 
     def log_credit(self, rewards, plan):
         if not self.args.turning_points:
             return
         gains = gain(rewards)
-        turning = turning_points(rewards, self.args.balance_turning_points) != gains
+        turning = self.credit(rewards) != gains
         # A gain without a score is no turning point, although NaN differs from itself.
         self._metrics["train"]["turning_points"].append((turning & ~gains.isnan()).double().mean().item())

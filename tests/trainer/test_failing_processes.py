@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A reward that fails on one of two processes: both go on together, or both stop with the reason."""
+"""One of two processes has a reward that fails, is told to stop, or is killed: both go on, or both stop with the reason."""
 
 import json
 import os
@@ -76,16 +76,72 @@ json.dump(outcomes, open(f"{sys.argv[1]}/{rank}.json", "w"))
 """
 
 
+# The second process gets a signal in its third rollout.
+SIGNALLED = """
+import os, signal, sys
+from peft import LoraConfig
+from pipelines import brightness, prompts, tiny_sd3
+from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
+from trl_flow.interruption import InterruptionCallback
+from trl_flow.report import live
+
+live.write_report = lambda *args, **kwargs: None
+calls = []
+
+def signalled(images, **kwargs):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 4:  # the first is a test
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+    return brightness(images)
+
+config = FlowGRPOConfig(
+    output_dir=sys.argv[1] + "/run", use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="steps",
+    save_steps=1, max_steps=5, per_device_train_batch_size=2, num_inference_steps=4, num_generations=3,
+    guidance_scale=1.0, max_sequence_length=2, beta=0.0, ema_decay=0,
+)
+FlowGRPOTrainer(
+    tiny_sd3(), signalled, config, prompts(8), callbacks=[InterruptionCallback()],
+    peft_config=LoraConfig(r=2, lora_alpha=6, target_modules=None),
+).train()
+"""
+
+
+def launch(folder: Path, text: str, *arguments: str) -> subprocess.CompletedProcess:
+    script = folder / "train.py"
+    script.write_text(text)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(script), str(folder), *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_killed_process_ends_the_others_with_what_to_do(tmp_path):
+    outcome = launch(tmp_path, SIGNALLED, "SIGKILL")
+    assert outcome.returncode == 1
+    assert "ProcessLostError: Process 0 of 2 has lost another one after update 2." in outcome.stderr
+    assert "Go on from the last checkpoint with resume_from_checkpoint=True" in outcome.stderr
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_process_that_is_told_to_stop_stops_the_others_after_the_same_update(tmp_path):
+    outcome = launch(tmp_path, SIGNALLED, "SIGTERM")
+    assert outcome.returncode == 1
+    assert outcome.stderr.count("Stopped after update 3 of 5") == 1, outcome.stderr
+    assert "ProcessLostError" not in outcome.stderr
+    last = tmp_path / "run" / "checkpoint-3"
+    assert sorted(path.name for path in last.glob("rollout_state_*")) == ["rollout_state_0.pt", "rollout_state_1.pt"]
+    assert not (tmp_path / "run" / "checkpoint-4").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_reward_that_fails_on_one_process(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    outcome = subprocess.run(
-        [*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-    )
+    outcome = launch(tmp_path, SCRIPT)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     # Below the limit both train, and to the same weights; the failures of one are in the logs of the other.
