@@ -48,7 +48,6 @@ from counts import Counts, count_pipeline, make_reward
 from datasets import Dataset
 from overhead import Phases
 from peft import LoraConfig
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 import trl_flow
@@ -182,22 +181,19 @@ def make_trainer(folder: str, method: str, settings: dict, make, counts: Counts)
     )
 
 
-def operations(trainer) -> dict[str, int]:
+def operations_of_rows(trainer) -> dict[str, int]:
     """Floating-point operations of one row: of an evaluation, of a trained row (twice as many backward), of decoding a picture."""
     policy = trainer.policy
     latents = torch.zeros(1, *policy.latent_shape, device=policy.device)
     conditioning = policy.conditioning([PROMPTS[0]])
-    with torch.no_grad(), FlopCounterMode(display=False) as denoiser:
-        policy(latents, 0.5, conditioning)
-    with FlopCounterMode(display=False) as trained:
-        policy(latents, 0.5, conditioning).mean().backward()
-    trainer.policy.zero_grad()
-    with FlopCounterMode(display=False) as decoder:
-        policy.decode(latents)
+    with torch.no_grad():
+        evaluation = measuring.operations(lambda: policy(latents, 0.5, conditioning))
+    trained = measuring.operations(lambda: policy(latents, 0.5, conditioning).mean().backward())
+    policy.zero_grad()
     return {
-        "evaluations": denoiser.get_total_flops(),
-        "rows": trained.get_total_flops(),
-        "pictures": decoder.get_total_flops(),
+        "evaluations": evaluation,
+        "rows": trained,
+        "pictures": measuring.operations(lambda: policy.decode(latents)),
     }
 
 
@@ -209,7 +205,7 @@ class Point:
         self.counts, self.phases = Counts(), Phases()
         self._folder = tempfile.TemporaryDirectory()
         self.trainer = make_trainer(self._folder.name, method, settings, make, self.counts)
-        self.operations = operations(self.trainer)
+        self.operations = operations_of_rows(self.trainer)
         self.seconds = []
         for name, phase in (("decode", "pictures"), ("start_rewards", "pictures"), ("_forward_backward", "rows")):
             setattr(self.trainer, name, self.phases.within(phase, getattr(self.trainer, name)))

@@ -33,6 +33,7 @@ import transformers
 import trl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import trl_flow
 from trl_flow.scripts.methods import METHODS
@@ -118,6 +119,31 @@ def measured_peak(call: Callable[[], object], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def operations(call: Callable[[], object]) -> int:
+    """Floating-point operations of a call's products and convolutions, backward passes included."""
+    aten = torch.ops.aten
+    counter = FlopCounterMode(
+        display=False,
+        custom_mapping={
+            # What attention is on a CPU, of which torch does not know it.
+            aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **kwargs: sdpa_flop_count(*shapes[:3]),
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **kwargs: (
+                sdpa_backward_flop_count(*shapes[:4])
+            ),
+        },
+    )
+    with counter:
+        call()
+    return counter.get_total_flops()
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Floating-point operations a second of products of large matrices: the most of the best of several runs."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = take_turns({"matmul": lambda: [a @ b for _ in range(10)]}, repeats=5)["matmul"]
+    return 10 * 2 * size**3 / min(times)
 
 
 def machine() -> dict:

@@ -46,8 +46,10 @@ from reward_overlap import Waiting
 from trl_flow.trainer.flow_grpo_trainer import FlowGRPOTrainer
 
 
-def make_trainer(folder: str, prompts: int) -> FlowGRPOTrainer:
-    trainer = measuring.example_trainer("dense-grpo", folder, max_steps=1, per_device_train_batch_size=prompts)
+def make_trainer(folder: str, prompts: int, **settings) -> FlowGRPOTrainer:
+    trainer = measuring.example_trainer(
+        "dense-grpo", folder, max_steps=1, per_device_train_batch_size=prompts, **settings
+    )
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     return trainer
@@ -95,14 +97,13 @@ def wall() -> float:
 
 
 def overlap(folder: str, args: argparse.Namespace) -> dict:
-    trainer = make_trainer(folder, args.prompts)
-    # Few prompts at once, so that there is something left to sample while the first are scored.
-    trainer.args.rollout_batch_size = trainer.rollout_plan(trainer.rollout_steps()).width
-    (pictures,) = {len(trainer.rollout_plan(trainer.rollout_steps()).leaves) * args.prompts}
-    (seconds,) = [
-        statistics.median(values)
-        for values in measuring.take_turns({"sampling": lambda: sample(trainer)}, args.repeats, wall).values()
-    ]
+    # One prompt at once, so that there is something left to sample while the first is scored.
+    trainer = make_trainer(folder, args.prompts, rollout_batch_size=1)
+    plan = trainer.rollout_plan(trainer.rollout_steps())
+    trainer = make_trainer(folder, args.prompts, rollout_batch_size=plan.width)
+    pictures = len(plan.leaves) * args.prompts
+    times = measuring.take_turns({"sampling": lambda: sample(trainer)}, args.repeats, wall)
+    seconds = statistics.median(times["sampling"])
 
     def with_reward(concurrent: bool):
         trainer.reward_funcs = [Waiting(seconds / pictures, concurrent)]
@@ -114,10 +115,8 @@ def overlap(folder: str, args: argparse.Namespace) -> dict:
 def compiled(folder: str, args: argparse.Namespace) -> dict:
     # Blocks that are compiled stay so: each has a trainer of its own.
     off, on = make_trainer(f"{folder}/off", args.prompts), make_trainer(f"{folder}/on", args.prompts)
-    blocks = getattr(on.policy.pipeline, on.policy.components[0]).transformer_blocks
     began = wall()
-    for block in blocks:
-        block.compile()
+    on.policy.compile()
     calls = [lambda trainer=trainer: train(trainer, sample(trainer)) for trainer in (off, on)]
     for _ in range(2):  # the second number of rows makes a graph for any number
         calls[1]()
