@@ -14,6 +14,7 @@
 
 """Training on a reward server, killed and started again, or shared by processes, is training on the reward itself."""
 
+import contextlib
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -150,7 +152,7 @@ config = FlowGRPOConfig(
     max_grad_norm=0.0, num_inference_steps=4, num_generations=4, guidance_scale=1.0, max_sequence_length=2, beta=0.0,
     ema_decay=0, scale_rewards="group",
 )
-reward = {"remote": {"url": url, "batch_size": 1, "max_wait": 120}} if url else brightness
+reward = {"remote": {"url": url.split(","), "batch_size": 1, "max_wait": 120}} if url else brightness
 trainer = FlowGRPOTrainer(
     tiny_sd3(), reward, config, prompts(8), peft_config=LoraConfig(r=2, lora_alpha=6, target_modules=None)
 )
@@ -164,31 +166,60 @@ trainer.accelerator.wait_for_everyone()
 """
 
 
+def slow_servers(stack: contextlib.ExitStack, environment: dict, number: int) -> list[tuple[subprocess.Popen, str]]:
+    """Processes and addresses."""
+    servers = []
+    for _ in range(number):
+        command = [sys.executable, "-c", SLOW_SERVER]
+        server = stack.enter_context(subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE))
+        stack.callback(server.kill)
+        servers.append(server)
+    return [(server, server.stdout.readline().split()[5]) for server in servers]
+
+
+def scored_by(url: str) -> int:
+    with urllib.request.urlopen(f"{url}/health") as answer:
+        return json.load(answer)["scored"]
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_four_processes_share_a_slow_server_with_room_for_one(tmp_path):
-    """They make the updates of one process without a server, and each picture is scored once."""
+def test_processes_share_slow_servers_with_room_for_one(tmp_path):
+    """
+    Four processes with one server, and two with two of which one is killed, make the updates of one process without any;
+    the one server scores each picture once.
+    """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     environment.pop(remote.TOKEN_VARIABLE, None)
     (tmp_path / "train.py").write_text(TRAINING)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
 
-    def train(name: str, command: list[str], url: str) -> dict:
-        command = [*command, str(tmp_path / "train.py"), str(tmp_path / name), url]
+    def train(name: str, processes: int, urls: list[str]) -> dict:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *(launch if processes > 1 else []), str(tmp_path / "train.py")]
+        command += [str(tmp_path / name), ",".join(urls)]
         outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
         assert outcome.returncode == 0, outcome.stderr[-3000:]
         return load_file(tmp_path / name / "adapter_model.safetensors")
 
-    server = subprocess.Popen([sys.executable, "-c", SLOW_SERVER], env=environment, text=True, stdout=subprocess.PIPE)
-    try:
-        url = server.stdout.readline().split()[5]
-        shared = train("shared", launch, url)
-        with urllib.request.urlopen(f"{url}/health") as answer:
-            # Two grey ones of each process; two updates of four prompts with four pictures each.
-            assert json.load(answer)["scored"] == 4 * 2 + 2 * 4 * 4
-    finally:
-        server.kill()
-        server.communicate()
-    alone = train("alone", [sys.executable], "")
+    alone = train("alone", 1, [])
+    with contextlib.ExitStack() as stack:
+        ((_, url),) = slow_servers(stack, environment, 1)
+        shared = train("shared", 4, [url])
+        # Two grey ones of each process; two updates of four prompts with four pictures each.
+        assert scored_by(url) == 4 * 2 + 2 * 4 * 4
+    with contextlib.ExitStack() as stack:
+        (dying, first), (_, second) = slow_servers(stack, environment, 2)
+
+        def kill():
+            while scored_by(first) < 8:
+                time.sleep(0.01)
+            dying.kill()
+
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        survived = train("survived", 2, [first, second])
+        assert dying.wait(10) == -signal.SIGKILL
+        assert 0 < scored_by(second) <= 2 * 2 + 2 * 4 * 4
     for key in alone:
         torch.testing.assert_close(shared[key], alone[key], rtol=0, atol=5e-6)
+        torch.testing.assert_close(survived[key], alone[key], rtol=0, atol=5e-6)
