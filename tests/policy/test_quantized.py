@@ -22,6 +22,7 @@ from tiny import call_arguments, tiny_pipeline
 
 from trl_flow.policy import load_pipeline
 from trl_flow.policy.doctor import examine
+from trl_flow.scripts import training
 from trl_flow.scripts.arguments import FlowScriptArguments
 from trl_flow.scripts.training import model_init_kwargs
 
@@ -36,6 +37,13 @@ def test_a_missing_package_is_named(monkeypatch, quantization, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"quantization='{quantization}' needs {package}: `pip install {package}`"):
         model_init_kwargs(FlowScriptArguments(quantization=quantization), NoConfig)
+
+
+def test_nf4_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(training, "_has_accelerator", lambda: False)
+    with pytest.raises(ValueError, match="quantization='nf4' needs a GPU"):
+        model_init_kwargs(FlowScriptArguments(quantization="nf4"), NoConfig)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs `pip install trl-flow[quantization]`")

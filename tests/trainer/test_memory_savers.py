@@ -19,12 +19,17 @@ import math
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import AutoencoderMixin
+from peft import LoraConfig
 from pipelines import tiny_sd3
-from tiny import tiny_pipeline
+from tiny import call_arguments, tiny_pipeline
 from trainer.observing import logged, randomize
 from transformers import TrainerCallback
 
+from trl_flow import FlowPolicy
 from trl_flow.trainer.arguments import check_gradient_scale
+from trl_flow.trainer.transitions import trained_steps, transition_chunk
 
 
 # ---- Frozen weights in half precision ----
@@ -108,3 +113,215 @@ def test_scaled_gradients_need_whole_parameters(kind):
         check_gradient_scale(1024.0, kind)
     check_gradient_scale(1.0, kind)
     check_gradient_scale(1024.0, DistributedType.MULTI_GPU)
+
+
+# ---- Latents of a rollout on the CPU ----
+
+
+def test_trajectories_on_the_cpu_change_nothing(make_trainer, tmp_path):
+    """Nor does going on in the middle of a rollout."""
+    settings = {"max_steps": 4, "steps_per_generation": 2, "save_strategy": "steps", "save_steps": 1}
+    trained = []
+    for offload, resume in ((False, None), (True, None), (True, str(tmp_path / "True_None" / "checkpoint-1"))):
+        output_dir = str(tmp_path / f"{offload}_{resume and 1}")
+        trainer = make_trainer(offload_trajectories=offload, output_dir=output_dir, **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        trained.append([p.detach().clone() for p in trainer._trainable])
+    for others in trained[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(trained[0], others, strict=True))
+
+
+def test_each_batch_is_brought_to_where_training_is():
+    """To another device than that of the latents: what is computed there has no values, but a place."""
+    nodes = torch.arange(24.0).view(2, 3, 4)
+    inputs = {
+        "nodes": nodes,
+        "advantages": torch.ones(2, 1, 2, device="meta"),
+        "trained": torch.ones(2, 1, 2, dtype=torch.bool),
+        "steps": torch.tensor([0]),
+        "parents": torch.tensor([[0, 0]]),
+        "children": torch.tensor([[1, 2]]),
+        "prompts": ["a", "b"],
+        "images": None,
+    }
+    (step,) = trained_steps(inputs, torch.tensor([1.0, 0.0]), lambda prompts, images: prompts, False)
+    chunk = transition_chunk(inputs, step, slice(0, 8))
+    places = {t.device.type for t in (chunk.latents, chunk.next_latents, chunk.row, *chunk.members)}
+    assert places == {"meta"} and nodes.device.type == "cpu"
+    assert chunk.latents.shape == (2, 4) and chunk.next_latents.shape == (4, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("offload", [False, True])
+def test_trajectories_leave_a_gpu(make_trainer, offload):
+    trainer = make_trainer(use_cpu=False, offload_trajectories=offload)
+    trainer.train()
+    (inputs,) = trainer._buffered_inputs
+    assert inputs["nodes"].device.type == ("cpu" if offload else "cuda")
+
+
+# ---- Encoders and VAE away ----
+
+
+def moves(model, monkeypatch):
+    """Where a model is moved from here on."""
+    noted, move = [], model.to
+    monkeypatch.setattr(model, "to", lambda device: (noted.append(str(device)), move(device))[1])
+    return noted
+
+
+def test_the_vae_is_not_needed_for_velocities():
+    """While it is nowhere: tensors on `meta` have no values."""
+    policy = FlowPolicy(tiny_sd3(), guidance_scale=4.5, max_sequence_length=2)
+    latents, prompts = torch.randn(1, *policy.latent_shape), ["a red circle"]
+    with torch.no_grad():
+        expected, grid = policy(latents, 0.5, policy.conditioning(prompts)), policy.sigmas(3)
+        policy.offload_vae("meta")
+        assert next(policy.pipeline.vae.parameters()).device.type == "meta"
+        policy._cache.clear()
+        assert torch.equal(policy(latents, 0.5, policy.conditioning(prompts)), expected)
+        assert torch.equal(policy.sigmas(3), grid)
+        with pytest.raises(NotImplementedError, match="meta tensor"):
+            policy.decode(latents)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxKontextPipeline"])
+def test_the_vae_comes_to_decode_and_to_encode_pictures(name, monkeypatch):
+    arguments = call_arguments(name)
+    image, pipeline = arguments.pop("image", None), tiny_pipeline(name)
+    guidance_scale = arguments.pop("guidance_scale")
+    policy = FlowPolicy(pipeline, guidance_scale=guidance_scale, generation_kwargs=arguments)
+    latents = torch.randn(2, *policy.latent_shape)
+    conditioning = policy.conditioning(["a red circle", "two"], image and [image, image])
+    expected = policy.decode(latents, 1, conditioning)
+    noted = moves(pipeline.vae, monkeypatch)
+    policy.offload_vae("cpu:0")
+    assert noted == ["cpu:0"]
+    assert torch.equal(policy.decode(latents, 1, conditioning), expected)
+    assert noted == ["cpu:0", "cpu", "cpu:0"]
+    policy.conditioning(["green"], image and [image])
+    assert len(noted) == (5 if image else 3) and noted[-1] == "cpu:0"
+
+
+def test_what_is_away_changes_nothing(make_trainer, tmp_path, monkeypatch):
+    trained = []
+    for away in (False, True):
+        settings = {"offload_vae": away, "offload_encoders": away, "output_dir": str(tmp_path / str(away))}
+        trainer = make_trainer(max_steps=2, **settings)
+        pipeline = trainer.policy.pipeline
+        noted = [moves(model, monkeypatch) for model in (pipeline.vae, pipeline.text_encoder)]
+        trainer.train()
+        trained.append([p.detach().clone() for p in trainer._trainable])
+        # Away, then to and fro for each of two prompts.
+        assert [len(places) for places in noted] == ([5, 5] if away else [0, 0])
+    assert all(torch.equal(one, two) for one, two in zip(*trained, strict=True))
+
+
+def test_encoders_leave_once(make_trainer):
+    with pytest.raises(ValueError, match="offload_encoders=True has no effect with precompute_prompts=True"):
+        make_trainer(offload_encoders=True, precompute_prompts=True)
+
+
+# ---- Slices and tiles of pictures ----
+
+
+def test_slices_are_pictures_decoded_one_by_one(make_trainer):
+    trainer, sliced = make_trainer(), make_trainer(vae_slicing=True)
+    latents = torch.randn(3, *trainer.policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    sizes = []
+    sliced.policy.pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    assert torch.equal(sliced.policy.decode(latents), trainer.policy.decode(latents, batch_size=1))
+    assert sizes == [1, 1, 1]
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_tiles_are_where_they_belong(make_trainer, local):
+    """With a decoder that looks at one latent at a time they make the same picture, with a real one another."""
+    policy = make_trainer(model=tiny_sd3()).policy
+    vae, latents = policy.pipeline.vae, torch.randn(2, *policy.latent_shape)
+    if local:
+        vae.decoder = torch.nn.Sequential(torch.nn.Upsample(scale_factor=2), torch.nn.Conv2d(4, 3, 1)).requires_grad_(
+            False
+        )
+    whole = policy.decode(latents)
+    vae.tile_sample_min_size, vae.tile_latent_min_size, vae.tile_overlap_factor = 4, 2, 0.5
+    policy.divide_decoding(slicing=False, tiling=True)
+    difference = (policy.decode(latents) - whole).abs().max()
+    assert difference < 1e-6 if local else difference > 1e-3
+    assert "tiled_decode" not in vars(vae)
+
+
+def test_one_tile_is_no_tiling(make_trainer):
+    with pytest.raises(
+        ValueError, match="vae_tiling=True changes nothing at 8 x 8 pixels, .*one tile of AutoencoderKL"
+    ):
+        make_trainer(vae_tiling=True)
+
+
+def test_a_vae_that_knows_no_slices(make_trainer, monkeypatch):
+    monkeypatch.setattr(AutoencoderKL, "enable_slicing", AutoencoderMixin.enable_slicing)
+    pipeline = tiny_sd3()
+    del pipeline.vae.use_slicing
+    with pytest.raises(ValueError, match=r"vae_slicing=True: AutoencoderKL, .*has no enable_slicing\(\)"):
+        make_trainer(model=pipeline, vae_slicing=True)
+
+
+def test_videos_have_no_slices():
+    arguments = call_arguments("WanPipeline")
+    guidance_scale = arguments.pop("guidance_scale")
+    policy = FlowPolicy(tiny_pipeline("WanPipeline"), guidance_scale=guidance_scale, generation_kwargs=arguments)
+    with pytest.raises(ValueError, match="vae_slicing=True has no effect on videos"):
+        policy.divide_decoding(slicing=True, tiling=False)
+
+
+# ---- Optimizers ----
+
+OPTIMIZERS = {
+    "adafactor": None,
+    "adamw_torch_8bit": "torchao",
+    "adamw_bnb_8bit": "bitsandbytes",
+    "lion_8bit": "bitsandbytes",
+}
+# torchao compiles its step.
+SLOW = {"adamw_torch_8bit", "lion_8bit"}
+
+
+@pytest.mark.parametrize(
+    "optim", [pytest.param(optim, marks=[pytest.mark.slow] * (optim in SLOW)) for optim in OPTIMIZERS]
+)
+def test_optimizers_train_and_resume(make_trainer, tmp_path, optim):
+    """With weights of 4096 and more elements: bitsandbytes and torchao keep the state of smaller ones in float32."""
+    if OPTIMIZERS[optim] is not None:
+        pytest.importorskip(OPTIMIZERS[optim])
+    settings = {"optim": optim, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3}
+    settings["peft_config"] = LoraConfig(r=512, target_modules=["attn.to_q", "attn.to_out.0"])
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
+    randomize(whole)
+    before = [p.detach().clone() for p in whole._trainable]
+    whole.train()
+    assert all(p.isfinite().all() and not torch.equal(p, old) for p, old in zip(whole._trainable, before, strict=True))
+    if optim != "adafactor":
+        assert torch.uint8 in state_dtypes(whole)
+    resumed = make_trainer(output_dir=str(tmp_path / "resumed"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    assert state_dtypes(resumed) == state_dtypes(whole)
+    assert all(torch.equal(one, two) for one, two in zip(whole._trainable, resumed._trainable, strict=True))
+
+
+def state_dtypes(trainer):
+    values = [value for state in trainer.optimizer.optimizer.state.values() for value in state.values()]
+    # torchao's tensors say float32 of themselves, and hold 8-bit codes.
+    return {getattr(value, "codes", value).dtype for value in values if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize(("optim", "package"), [("adamw_bnb_8bit", "bitsandbytes"), ("adamw_torch_8bit", "torchao")])
+def test_the_package_of_an_optimizer_is_missed_before_work(make_trainer, monkeypatch, optim, package):
+    monkeypatch.setattr(f"transformers.trainer_optimizer.is_{package}_available", lambda: False)
+    with pytest.raises(ValueError, match=rf"optim='{optim}': .*`{package}"):
+        make_trainer(model="no/such-pipeline", optim=optim)
+
+
+@pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise"])
+def test_optimizers_that_step_in_the_backward_pass(make_trainer, optim):
+    with pytest.raises(ValueError, match=f"optim='{optim}' moves weights within a backward pass"):
+        make_trainer(model="no/such-pipeline", optim=optim, optim_target_modules="all-linear")

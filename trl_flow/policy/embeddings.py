@@ -414,7 +414,7 @@ def encode_prompts(
             desc=f"Embeddings of prompts, part {list(chunks).index(path) + 1} of {len(chunks)}",
         )
 
-    with policy.encoders.visit():
+    with policy.encoders.visit(), policy.autoencoder.visit():
         for path in list(chunks)[process_index::num_processes]:
             encode(path)
         if num_processes > 1:

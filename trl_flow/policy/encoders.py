@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The frozen models that a pipeline encodes with, and their leave from the device while no prompt is new."""
+"""Frozen models that a pipeline encodes and decodes with, and their leave from the device while they are not needed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,27 +23,30 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-class Encoders:
+def encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     """
     The text and picture encoders of a pipeline. By diffusers' custom they are transformers' models, and everything that
     a pipeline runs afterwards (denoisers, decoders, connectors, vocoders) is diffusers' own.
+    """
+    return {name: model for name, model in pipeline.components.items() if isinstance(model, PreTrainedModel)}
+
+
+class Visitors:
+    """
+    Frozen models that are on the device only while they are needed, once they have been told to [`leave`].
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): The pipeline that they belong to.
+        models (`dict[str, torch.nn.Module]`): By their names in the pipeline.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline):
+    def __init__(self, models: dict[str, nn.Module]):
         # 8-bit weights of bitsandbytes are where they were loaded, and cannot be moved.
-        self.models: dict[str, nn.Module] = {
-            name: model
-            for name, model in pipeline.components.items()
-            if isinstance(model, PreTrainedModel) and not getattr(model, "is_loaded_in_8bit", False)
-        }
+        self.models = {name: model for name, model in models.items() if not getattr(model, "is_loaded_in_8bit", False)}
         self.home: torch.device | str | None = None
         self._here = True
 
     def spare(self, call: Callable[[], object]):
-        """Encoders that `call` runs will not leave: a few pipelines encode in methods that no one can answer for."""
+        """Models that `call` runs will not leave: a few pipelines encode in methods that no one can answer for."""
         used = set()
         hooks = [
             module.register_forward_pre_hook(lambda *_, name=name: used.add(name))
@@ -58,13 +61,13 @@ class Encoders:
         self.models = {name: model for name, model in self.models.items() if name not in used}
 
     def leave(self, home: torch.device | str):
-        """Moves the encoders to `home`, where they wait for the next [`come`]."""
+        """Moves the models to `home`, where they wait for the next [`come`]."""
         self.home, self._here = home, False
         for model in self.models.values():
             model.to(home)
 
     def come(self, device: torch.device):
-        """Moves encoders that have left to `device`, where they stay to the end of the [`visit`]."""
+        """Moves models that have left to `device`, where they stay to the end of the [`visit`]."""
         if not self._here:
             self._here = True  # in part, even if there is no room for all of them
             for model in self.models.values():
@@ -72,7 +75,7 @@ class Encoders:
 
     @contextmanager
     def visit(self) -> Iterator[None]:
-        """Context at whose end encoders that had left, and came, leave again."""
+        """Context at whose end models that had left, and came, leave again."""
         try:
             yield
         finally:

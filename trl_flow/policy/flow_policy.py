@@ -34,7 +34,7 @@ from .arguments import resolve_arguments
 from .conditioning import LATENTS, Answers, Condition, find_layout, image_key, make_condition, recording
 from .diffusion import DDIMIdleScheduler, DDIMQueryScheduler, check_scheduler
 from .embeddings import StoredConditions, model_fingerprint, settings_fingerprint
-from .encoders import Encoders, compute_beside, remember_device
+from .encoders import Visitors, compute_beside, encoders, remember_device
 from .families import find_family
 from .schedulers import check_flow_scheduler, idle_scheduler, is_flow, query_scheduler
 
@@ -138,7 +138,9 @@ class FlowPolicy(nn.Module):
         self._blanks: dict[tuple[float, torch.device], Condition] = {}
         self._stored = StoredConditions()
         self._model_fingerprint: str | None = None
-        self.encoders = Encoders(pipeline)
+        self.encoders = Visitors(encoders(pipeline))
+        vae = getattr(pipeline, "vae", None)
+        self.autoencoder = Visitors({"vae": vae} if isinstance(vae, nn.Module) else {})
         self._layouts: dict[tuple[float, bool], tuple[dict, bool]] = {}
         # `__call__` without `torch.no_grad`, so that gradients reach the denoiser.
         self._call = inspect.unwrap(type(pipeline).__call__)
@@ -321,7 +323,7 @@ class FlowPolicy(nn.Module):
     def conditioning(self, prompts: list[str], images: list[Image.Image] | None = None) -> list[Condition]:
         """Conditioning of n prompts (and the pictures that they start from). Repeated ones are encoded once."""
         images = images or [None] * len(prompts)
-        with self.encoders.visit():
+        with self.encoders.visit(), self.autoencoder.visit():
             return [self._find_condition(*pair) for pair in zip(prompts, images, strict=True)]
 
     def blank(self) -> Condition:
@@ -383,17 +385,63 @@ class FlowPolicy(nn.Module):
         Moves the text and picture encoders to another device. They come back for prompts that are new, and leave again.
         A call of the pipeline itself needs them back: `pipeline.to(device)`.
         """
-        if self.encoders.home is None:
+        self._offload(self.encoders, device)
+
+    def offload_vae(self, device: torch.device | str = "cpu"):
+        """
+        Moves the VAE to another device. It comes back to decode, and to encode pictures that prompts start from, and leaves
+        again. A call of the pipeline itself needs it back: `pipeline.to(device)`.
+        """
+        self._offload(self.autoencoder, device)
+
+    def _offload(self, visitors: Visitors, device: torch.device | str):
+        if visitors.home is None:
             latents = torch.zeros(1, *self.latent_shape, device=self.device)
             ask = functools.partial(self._ask, self._idle, self._idle_answers, latents, [self.blank()])
-            self.encoders.spare(lambda: ask(output_type="latent"))
+            visitors.spare(lambda: ask(output_type="latent"))
             for pipeline in (self._idle, self._query):
                 compute_beside(pipeline, self.components[0])
-        self.encoders.leave(device)
+        visitors.leave(device)
+
+    def divide_decoding(self, slicing: bool, tiling: bool):
+        """
+        Lets the VAE decode pictures one at a time (`slicing`), and each in overlapping tiles (`tiling`).
+
+        Raises:
+            ValueError: If the VAE cannot, or if it changes nothing.
+        """
+        vae, name = getattr(self.pipeline, "vae", None), type(self.pipeline).__name__
+        for wanted, setting in ((slicing, "slicing"), (tiling, "tiling")):
+            if wanted:
+                try:
+                    getattr(vae, f"enable_{setting}")()
+                except (AttributeError, NotImplementedError) as error:
+                    raise ValueError(
+                        f"vae_{setting}=True: {type(vae).__name__}, which {name} decodes with, has no enable_{setting}(). "
+                        "Leave it unset."
+                    ) from error
+        if slicing and self.num_frames is not None:
+            raise ValueError(
+                "vae_slicing=True has no effect on videos, which are decoded one at a time. Leave it unset."
+            )
+        if tiling and hasattr(vae, "tiled_decode"):
+            calls, decode = [], vae.tiled_decode
+            vae.tiled_decode = lambda *args, **kwargs: (calls.append(None), decode(*args, **kwargs))[1]
+            try:
+                height, width = self.decode(torch.zeros(1, *self.latent_shape, device=self.device)).shape[-2:]
+            finally:
+                del vae.tiled_decode
+            if not calls:
+                raise ValueError(
+                    f"vae_tiling=True changes nothing at {height} x {width} pixels, no more than one tile of "
+                    f"{type(vae).__name__}. Leave it unset."
+                )
 
     def _record(self, prompts: list[str], image: Image.Image | None) -> dict:
         encoder = copy.copy(self._encoder)
         self.encoders.come(self.device)
+        if self.family.image:
+            self.autoencoder.come(self.device)
         with recording(encoder) as answers:
             self._run(encoder, prompts, image, output_type="latent")
         if LATENTS not in answers:
@@ -455,15 +503,17 @@ class FlowPolicy(nn.Module):
         if "num_frames" in inspect.signature(self._call).parameters:
             batch_size = 1  # a video fills a decoder, and not all of them take several
         decoded = {}
-        for batch in self._batches(conditioning):
-            size = batch_size or len(batch)
-            for rows in (batch[start : start + size] for start in range(0, len(batch), size)):
-                part = torch.stack([latents[row] for row in rows]), [conditioning[row] for row in rows]
-                pictures = self._ask(self._idle, self._idle_answers, *part, output_type="pt")
-                # By way of pinned memory, while the GPU goes on with the next batch.
-                decoded |= zip(rows, pictures.float().to("cpu", non_blocking=latents.is_cuda), strict=True)
-        if latents.is_cuda:
-            torch.cuda.current_stream(latents.device).synchronize()
+        with self.autoencoder.visit():
+            self.autoencoder.come(self.device)
+            for batch in self._batches(conditioning):
+                size = batch_size or len(batch)
+                for rows in (batch[start : start + size] for start in range(0, len(batch), size)):
+                    part = torch.stack([latents[row] for row in rows]), [conditioning[row] for row in rows]
+                    pictures = self._ask(self._idle, self._idle_answers, *part, output_type="pt")
+                    # By way of pinned memory, while the GPU goes on with the next batch.
+                    decoded |= zip(rows, pictures.float().to("cpu", non_blocking=latents.is_cuda), strict=True)
+            if latents.is_cuda:
+                torch.cuda.current_stream(latents.device).synchronize()
         return torch.stack([decoded[row] for row in range(len(latents))])
 
     @functools.cached_property

@@ -61,6 +61,11 @@ TRAINING_SETTINGS = {
         "generation_kwargs",
         "rollout_batch_size",
         "precompute_prompts",
+        "offload_encoders",
+        "offload_vae",
+        "vae_slicing",
+        "vae_tiling",
+        "offload_trajectories",
     ],
     "Advantages and objective": [
         "reward_weights",
@@ -399,6 +404,10 @@ def quantization_config(script_args: FlowScriptArguments):
     package = {"int8": "torchao", "nf4": "bitsandbytes"}[script_args.quantization]
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"quantization={script_args.quantization!r} needs {package}: `pip install {package}`.")
+    if script_args.quantization == "nf4" and not _has_accelerator():
+        raise ValueError(
+            "quantization='nf4' needs a GPU: diffusers loads the weights of bitsandbytes nowhere else. `int8` works on CPUs."
+        )
     if script_args.quantization == "int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
@@ -411,6 +420,12 @@ def quantization_config(script_args: FlowScriptArguments):
         )
     record = find_record(script_args.model_name_or_path, revision=script_args.model_revision)
     return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(record.components, config))
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.cuda.is_available() or torch.xpu.is_available() or torch.mps.is_available()
 
 
 def held_out_scores(log_history: list[dict]) -> dict[str, tuple[float, float]]:

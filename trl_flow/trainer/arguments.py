@@ -22,6 +22,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, Image, IterableDataset
 from diffusers import DiffusionPipeline
 from torch import nn
+from transformers import Trainer
 
 from ..prompts import PROMPT_SETS, as_prompts, load_prompts
 from ..rewards import load_reward, reward_name
@@ -103,6 +104,22 @@ def check_precision(pipeline: DiffusionPipeline, args):
             f"full_finetuning=True keeps the denoiser in float32, and the pipeline holds {sorted(map(str, dtypes))}. Set "
             "bf16=True (or fp16=True), or load the pipeline in float32."
         )
+
+
+def check_optimizer(args):
+    """Refuses an optimizer whose package is missing, and those that an update of several backward passes is nothing for."""
+    name = str(getattr(args.optim, "value", args.optim))
+    if "lomo" in name or name.endswith("_layerwise"):
+        raise ValueError(
+            f"optim={name!r} moves weights within a backward pass, and an update is the sum of several: one for each step and "
+            "each transition_batch_size rows. Choose another, e.g. adamw_torch_8bit."
+        )
+    if name.startswith(("galore", "apollo")):
+        return  # they are looked for with the model's layers
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise ValueError(f"optim={name!r}: {error}") from error
 
 
 def check_gradient_scale(gradient_scale: float, distributed_type: DistributedType):

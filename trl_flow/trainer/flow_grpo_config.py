@@ -107,6 +107,18 @@ class FlowGRPOConfig(_BaseConfig):
             Whether to encode all prompts (and the pictures that they start from) before training, to keep the embeddings
             in the cache of datasets (megabytes per prompt), and to move the encoders off the device. A later run with the
             same pipeline, settings and prompts finds them there.
+        offload_encoders (`bool`, *optional*, defaults to `False`):
+            Whether the text and picture encoders wait on the CPU and come to the device for prompts that are new. With
+            `precompute_prompts` they do so anyway.
+        offload_vae (`bool`, *optional*, defaults to `False`):
+            Whether the VAE waits on the CPU and comes to the device to decode.
+        vae_slicing (`bool`, *optional*, defaults to `False`):
+            Whether the VAE decodes one picture of a batch at a time. Pictures are the same, to rounding.
+        vae_tiling (`bool`, *optional*, defaults to `False`):
+            Whether the VAE decodes a picture that is larger than its tile in overlapping tiles. Pictures differ a little.
+        offload_trajectories (`bool`, *optional*, defaults to `False`):
+            Whether the latents of a rollout wait on the CPU, from where training takes those of each batch. Nothing else
+            changes.
 
         > Parameters that control the rewards
 
@@ -291,6 +303,37 @@ class FlowGRPOConfig(_BaseConfig):
         metadata={
             "help": "Encode all prompts before training, keep the embeddings on disk (megabytes per prompt), and move the "
             "encoders off the device."
+        },
+    )
+    offload_encoders: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the text and picture encoders wait on the CPU and come to the device for prompts that are new. "
+            "With `precompute_prompts` they do so anyway."
+        },
+    )
+    offload_vae: bool = field(
+        default=False,
+        metadata={"help": "Whether the VAE waits on the CPU and comes to the device to decode."},
+    )
+    vae_slicing: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the VAE decodes one picture of a batch at a time. Pictures are the same, to rounding."
+        },
+    )
+    vae_tiling: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the VAE decodes a picture that is larger than its tile in overlapping tiles. Pictures differ a "
+            "little."
+        },
+    )
+    offload_trajectories: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the latents of a rollout wait on the CPU, from where training takes those of each batch. Nothing "
+            "else changes."
         },
     )
 
@@ -487,6 +530,11 @@ class FlowGRPOConfig(_BaseConfig):
                     f"sigmas={self.sigmas}: expected num_inference_steps={self.num_inference_steps} numbers that descend "
                     "from at most 1 and end above 0."
                 )
+        if self.offload_encoders and self.precompute_prompts:
+            raise ValueError(
+                "offload_encoders=True has no effect with precompute_prompts=True, which moves the encoders off the device, "
+                "too. Drop one of them."
+            )
         if self.num_generations < 2:
             raise ValueError(
                 f"num_generations={self.num_generations}: a group needs at least 2 samples to have an advantage."

@@ -59,6 +59,7 @@ from ..rollout import Plan, Rollout, chain_plan, coefficients, log_prob, transit
 from .arguments import (
     check_gradient_scale,
     check_images,
+    check_optimizer,
     check_precision,
     check_reward_columns,
     load_dataset_argument,
@@ -225,6 +226,9 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
                 f"{args.steps_per_generation} x {args.world_size} processes."
             )
 
+        if optimizers[0] is None:
+            check_optimizer(args)
+
         # Policy. LoRA weights are random: the seed is set before they are made.
         set_seed(args.seed)
         self.base_model = model if isinstance(model, str) else model.config.get("_name_or_path") or ""
@@ -278,6 +282,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
             )
             if dataset is not None and (self.policy.family.image == "required" or optional):
                 check_images(dataset, argument)
+        self.policy.divide_decoding(args.vae_slicing, args.vae_tiling)
         if self.policy.family.inferred or args.generation_kwargs:
             self._examine(train_dataset[0].get("image"))
         self.sigmas = self.policy.sigmas(args.num_inference_steps, args.sigmas)
@@ -623,6 +628,10 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
                 self.check_reward_sources(checkpoint)
             if self.args.precompute_prompts and not self._prompts_precomputed:
                 self.precompute_prompts()
+            if self.args.offload_encoders:
+                self.policy.offload_encoders()
+            if self.args.offload_vae:
+                self.policy.offload_vae()
         if checkpoint:
             self.args.eval_on_start = False  # it has been done
         if from_hub:

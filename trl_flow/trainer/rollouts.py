@@ -128,7 +128,8 @@ class RolloutMixin:
                 )
             self._nfe += rollout.num_evaluations
             observed.append(self.observe(rollout))
-            nodes.append(torch.stack(list(rollout.nodes.values()), dim=1))
+            kept = torch.stack(list(rollout.nodes.values()), dim=1)
+            nodes.append(kept.cpu() if args.offload_trajectories else kept)
             with timed(times, "decode"):
                 pictures = self.decode(
                     rollout.leaves.flatten(0, 1), [condition for condition in conditioning for _ in plan.leaves]

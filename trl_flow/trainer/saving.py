@@ -459,6 +459,9 @@ class SavingMixin:
         if before != now:
             self._step = self._step // before.accumulation * now.accumulation
             self._deal_anew([self._rollout_state(checkpoint, rank) for rank in range(before.processes)], before)
+        if self.args.offload_trajectories:
+            for micro_batch in self._buffered_inputs or []:
+                micro_batch["nodes"] = micro_batch["nodes"].cpu()
         for name, size in state.get("batch_sizes", {}).items():
             self.batch_sizes[name].load(size)
         self._load_average(state)

@@ -63,8 +63,8 @@ def trained_steps(
     each sibling by itself, because the mean of a step depends on the policy through the velocity alone.
 
     Args:
-        inputs (`dict`): `nodes (B, K, *latent)`, `advantages (B, S, G)`, which of these are `trained (B, S, G)`,
-            `steps (S,)`, the positions of `parents` and `children (S, G)` among the nodes, the B `prompts`, and the
+        inputs (`dict`): `nodes (B, K, *latent)`, which may be on another device, `advantages (B, S, G)`, which of these are
+            `trained (B, S, G)`, `steps (S,)`, the positions of `parents` and `children (S, G)` among the nodes, the B `prompts`, and the
             `images` that they start from or `None`.
         sigmas (`torch.Tensor` of shape `(T + 1,)`): The grid.
         conditioning (`Callable`): Prompts and images -> their conditioning, one row each.
@@ -107,16 +107,15 @@ def trained_steps(
 
 def transition_chunk(inputs: dict, at: TrainedStep, part: slice) -> TransitionChunk:
     """Some of the rows that a micro-batch trains at a step, as one forward."""
-    device = inputs["nodes"].device
+    device, home = inputs["advantages"].device, inputs["nodes"].device
     b, u = at.rows[part].unbind(1)
     row, member = ((at.of_member[None] == u[:, None]) & at.trained[b]).nonzero(as_tuple=True)
-    b_device = b.to(device)
     return TransitionChunk(
         step=at.step,
         sigma=at.sigma,
         sigma_next=at.sigma_next,
-        latents=inputs["nodes"][b_device, at.parents[u].to(device)],
-        next_latents=inputs["nodes"][b[row].to(device), inputs["children"][at.position][member].to(device)],
+        latents=inputs["nodes"][b.to(home), at.parents[u].to(home)].to(device),
+        next_latents=inputs["nodes"][b[row].to(home), inputs["children"][at.position][member].to(home)].to(device),
         conditioning=[at.conditioning[prompt] for prompt in b.tolist()],
         row=row.to(device),
         members=(b[row].to(device), torch.full_like(row, at.position).to(device), member.to(device)),
