@@ -30,6 +30,7 @@ from ..rollout import log_prob, transition
 from .conditioning import Condition
 from .diffusion import flow_sigmas, flow_velocity, latent_scale
 from .flow_policy import FlowPolicy
+from .memory import ALLOWANCE, MemoryEstimator, MemorySettings, make_fit
 from .schedulers import become, stepped
 
 
@@ -42,7 +43,6 @@ REPLAY_BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 ROW_BOUNDS = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 0.25}
 # Probability ratios further from 1 than this cannot be told from a step of the optimizer.
 RATIO_BOUND = 1e-2
-PLAIN = (torch.Tensor, nn.Parameter)
 PROMPTS = ("a red circle", "two blue square")
 PACKAGE = Path(__file__).parents[1]
 
@@ -68,7 +68,7 @@ class Diagnosis:
         gradient_coverage (`float`): Share of the trained tensors whose gradient is not zero.
         encoder_calls (`int`): Runs of frozen encoders within one velocity evaluation.
         trained_parameters, total_parameters (`int`): Of the denoisers.
-        memory (`dict[str, float]`): GiB by what takes them, for one training forward of `transition_batch_size` rows.
+        memory (`dict[str, dict[str, float]]`): GiB of a run by phase and by what takes them, where they were asked for.
     """
 
     pipeline: str
@@ -86,7 +86,7 @@ class Diagnosis:
     encoder_calls: int | None = None
     trained_parameters: int | None = None
     total_parameters: int | None = None
-    memory: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def trains(self) -> bool:
@@ -136,8 +136,9 @@ class _DiffusionSpy:
 def examine(
     pipeline: DiffusionPipeline,
     num_inference_steps: int = 4,
-    transition_batch_size: int = 8,
     image: Image.Image | None = None,
+    memory: MemorySettings | None = None,
+    limit: int | None = None,
     **settings,
 ) -> Diagnosis:
     """
@@ -146,8 +147,10 @@ def examine(
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): The pipeline. Adapter layers are put into its denoisers.
         num_inference_steps (`int`, *optional*, defaults to 4): Steps of the stock run that is compared with.
-        transition_batch_size (`int`, *optional*, defaults to 8): Rows of a training forward, for the memory estimate.
         image (`PIL.Image.Image`, *optional*): For pipelines that start from one. Default: a grey one.
+        memory ([`~trl_flow.policy.memory.MemorySettings`], *optional*): Of the run whose memory is estimated. Default: it
+            is not.
+        limit (`int`, *optional*): Bytes of memory that there are, for advice if the run takes more.
         settings: Of [`FlowPolicy`].
 
     Returns:
@@ -159,10 +162,50 @@ def examine(
             _check_media(pipeline)
             with _trying("calling it with an empty prompt, which prepares everything and denoises nothing,"):
                 policy = FlowPolicy(pipeline, **settings)
-            examine_policy(policy, diagnosis, num_inference_steps, transition_batch_size, image)
+            examine_policy(policy, diagnosis, num_inference_steps, image)
+            if memory is not None:
+                condition = policy.encode(PROMPTS[0], (image or policy.blank().image) if policy.family.image else None)
+                estimator = MemoryEstimator(policy, [condition], policy.sigmas(num_inference_steps))
+                note_memory(diagnosis, estimator, memory, limit)
     except Untrainable as problem:
         diagnosis.problem = str(problem)
     return diagnosis
+
+
+def note_memory(
+    diagnosis: Diagnosis, estimator: MemoryEstimator, settings: MemorySettings, limit: int | None = None
+) -> None:
+    """
+    Notes what a run will hold, and where that is more than there is, what would make it fit.
+
+    Args:
+        diagnosis ([`Diagnosis`]): Where it is noted.
+        estimator ([`~trl_flow.policy.memory.MemoryEstimator`]): Of the pipeline.
+        settings ([`~trl_flow.policy.memory.MemorySettings`]): Of the run.
+        limit (`int`, *optional*): Bytes that there are.
+    """
+    found = estimator.estimate(settings)
+    diagnosis.memory = {
+        phase: {part: size / 2**30 for part, size in parts.items()} for phase, parts in found.phases.items()
+    }
+    if limit is None or found.peak + ALLOWANCE <= limit:
+        return
+    changes, smaller = make_fit(estimator, settings, limit - ALLOWANCE)
+    names = [f"{name}: {str(value).lower()}" for name, value in changes.items()]
+    needs = f"it needs about {(found.peak + ALLOWANCE) / 2**30:.3g} GiB of {limit / 2**30:.3g}"
+    to = f"to {(smaller.peak + ALLOWANCE) / 2**30:.3g}"
+    if smaller.peak + ALLOWANCE <= limit:
+        diagnosis.warnings.append(f"{needs}: {', '.join(names)} {'bring' if len(names) > 1 else 'brings'} it {to}")
+    else:
+        diagnosis.warnings.append(
+            f"{needs}, and "
+            + (
+                f"{', '.join(names)} {'bring' if len(names) > 1 else 'brings'} it only {to}"
+                if names
+                else "nothing here helps"
+            )
+            + ": take a smaller size (height, width, num_frames), dtype bfloat16 or a larger GPU"
+        )
 
 
 def _check_media(pipeline: DiffusionPipeline):
@@ -180,7 +223,6 @@ def examine_policy(
     policy: FlowPolicy,
     diagnosis: Diagnosis,
     num_inference_steps: int = 4,
-    transition_batch_size: int = 8,
     image: Image.Image | None = None,
 ) -> None:
     """
@@ -189,7 +231,7 @@ def examine_policy(
     Args:
         policy ([`FlowPolicy`]): The policy.
         diagnosis ([`Diagnosis`]): Where it notes what it finds.
-        num_inference_steps, transition_batch_size, image (*optional*): As for [`examine`].
+        num_inference_steps, image (*optional*): As for [`examine`].
 
     Raises:
         Untrainable: If a check fails.
@@ -213,7 +255,7 @@ def examine_policy(
         with _trying("evaluating rows of two prompts in one batch"):
             _compare_rows(policy, diagnosis, sigmas, conditions)
         with _trying("a forward and backward pass of training"):
-            _compare_training(policy, diagnosis, sigmas, conditions[0], transition_batch_size)
+            _compare_training(policy, diagnosis, sigmas, conditions[0])
 
 
 @contextmanager
@@ -419,11 +461,11 @@ def _compare_rows(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, conditions: 
         diagnosis.warnings.append("the pipeline takes one prompt at a time, so rows are evaluated one by one")
 
 
-def _compare_training(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, condition: Condition, batch_size: int):
+def _compare_training(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, condition: Condition):
     grid = sigmas.tolist()
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     reached, unused = set(), set()
-    diagnosis.ratio_error, activations = 0.0, 0
+    diagnosis.ratio_error = 0.0
     # Denoisers that share the work by noise level are all visited.
     for step in range(len(grid) - 1):
         generator = torch.Generator().manual_seed(step)
@@ -436,17 +478,7 @@ def _compare_training(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, conditio
                 continue
             sampled = mean + std * noise
             old = log_prob(sampled, mean, std)
-        saved = {}
-
-        def note(tensor, saved=saved):
-            if type(tensor) in PLAIN:  # quantised weights have no storage of their own
-                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            velocity = policy(latents, grid[step], pair)
-        frozen = {p.untyped_storage().data_ptr() for p in policy.parameters() if type(p.data) in PLAIN}
-        activations = max(activations, sum(size for pointer, size in saved.items() if pointer not in frozen))
+        velocity = policy(latents, grid[step], pair)
         mean, std = transition(latents, velocity, *grid[step : step + 2], 0.7, "flow")
         new = log_prob(sampled, mean, std)
         diagnosis.ratio_error = max(diagnosis.ratio_error, (torch.exp(new.detach() - old) - 1).abs().max().item())
@@ -462,7 +494,6 @@ def _compare_training(policy: FlowPolicy, diagnosis: Diagnosis, sigmas, conditio
             elif parameter.grad.any():
                 reached.add(name)
     diagnosis.gradient_coverage = len(reached) / max(1, len(trained))
-    diagnosis.memory = _memory(policy, diagnosis.trained_parameters, activations / 2 * batch_size)
     if not reached:
         raise Untrainable("no gradient reaches a trained weight")
     if diagnosis.ratio_error > RATIO_BOUND and _bound(policy) <= 1e-5:
@@ -500,21 +531,3 @@ def _note_gradients(policy: FlowPolicy, diagnosis: Diagnosis, trained: list[str]
 def _short(name: str) -> str:
     """A weight's name without what PEFT and the policy put around it."""
     return name.removeprefix("denoisers.").replace("base_model.model.", "").replace(".default", "")
-
-
-def _memory(policy: FlowPolicy, trained_parameters: int, activations: float) -> dict[str, float]:
-    """GiB by what takes them."""
-    others = [
-        p.numel() * p.element_size()
-        for name, component in policy.pipeline.components.items()
-        if isinstance(component, nn.Module) and name not in policy.components
-        for p in component.parameters()
-    ]
-    sizes = {
-        "weights": sum(p.numel() * p.element_size() for p in policy.parameters()),
-        "encoders and VAE": sum(others),
-        # Gradient, two moments of Adam, the moving average and its copy at evaluation.
-        "optimizer": 5 * 4 * trained_parameters,
-        "activations": activations,
-    }
-    return {part: size / 2**30 for part, size in sizes.items()}

@@ -32,6 +32,18 @@ if TYPE_CHECKING:
     from ..policy.doctor import Diagnosis
 
 
+# What the phases of a run are, in words.
+PHASES = {
+    "encode": "while prompts are encoded",
+    "rollout": "while latents are sampled",
+    "decode": "while they are decoded",
+    "collect": "while a rollout is put together",
+    "train": "in the forward and backward pass",
+    "measure": "while gradients are compared",
+    "update": "in the optimizer's step",
+}
+
+
 @dataclass
 class DoctorArguments:
     r"""
@@ -68,6 +80,16 @@ class DoctorArguments:
             Steps of the stock run that is compared with.
         transition_batch_size (`int`, *optional*, defaults to `8`):
             Rows of a training forward, for the estimate of memory.
+        rollout_batch_size (`int`, *optional*, defaults to `32`):
+            Rows of a forward in rollouts, likewise.
+        activation_checkpointing (`bool`, *optional*, defaults to `True`):
+            Whether activations are computed again in the backward pass, likewise.
+        precompute_prompts (`bool`, *optional*, defaults to `False`):
+            Whether the encoders leave the device, likewise.
+        beta (`float`, *optional*, defaults to `0.04`):
+            Weight of the divergence from the base model, likewise: 0 saves the reference.
+        gpu_memory (`float`, *optional*):
+            GiB of the GPU that the run is planned for. By default those of the device.
         lora_r (`int`, *optional*):
             Rank of the adapter. By default that of the pipeline's family.
         lora_alpha (`int`, *optional*):
@@ -101,7 +123,14 @@ class DoctorArguments:
             "lora_target_modules",
             "use_dora",
             "full_finetuning",
+        ],
+        "Memory, as in a training run": [
             "transition_batch_size",
+            "rollout_batch_size",
+            "activation_checkpointing",
+            "precompute_prompts",
+            "beta",
+            "gpu_memory",
         ],
         "Output": ["json"],
     }
@@ -152,6 +181,21 @@ class DoctorArguments:
     transition_batch_size: int = field(
         default=8, metadata={"help": "Rows of a training forward, for the estimate of memory."}
     )
+    rollout_batch_size: int = field(default=32, metadata={"help": "Rows of a forward in rollouts, likewise."})
+    activation_checkpointing: bool = field(
+        default=True, metadata={"help": "Whether activations are computed again in the backward pass, likewise."}
+    )
+    precompute_prompts: bool = field(
+        default=False, metadata={"help": "Whether the encoders leave the device, likewise."}
+    )
+    beta: float = field(
+        default=0.04,
+        metadata={"help": "Weight of the divergence from the base model, likewise: 0 saves the reference."},
+    )
+    gpu_memory: float | None = field(
+        default=None,
+        metadata={"help": "GiB of the GPU that the run is planned for. By default those of the device."},
+    )
     lora_r: int | None = field(
         default=None, metadata={"help": "Rank of the adapter. By default that of the pipeline's family."}
     )
@@ -170,10 +214,14 @@ class DoctorArguments:
     def __post_init__(self):
         if self.model_name_or_path is None:
             raise ValueError("name a pipeline: a Hub id, a path, or `shapes`")
-        for name in ("num_inference_steps", "transition_batch_size", "lora_r"):
+        for name in ("num_inference_steps", "transition_batch_size", "rollout_batch_size", "lora_r"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1")
+        if self.gpu_memory is not None and self.gpu_memory <= 0:
+            raise ValueError(f"gpu_memory={self.gpu_memory}: expected a number of GiB above 0")
+        if self.beta < 0:
+            raise ValueError(f"beta={self.beta}: expected at least 0")
         if isinstance(self.generation_kwargs, str):
             try:
                 self.generation_kwargs = json.loads(self.generation_kwargs)
@@ -209,6 +257,7 @@ def diagnose(args: DoctorArguments) -> "Diagnosis":
 
     from ..policy import default_call_arguments, load_pipeline
     from ..policy.doctor import examine
+    from ..policy.memory import MemorySettings, device_memory
     from .training import make_peft_config
 
     model = args.model_name_or_path
@@ -225,10 +274,21 @@ def diagnose(args: DoctorArguments) -> "Diagnosis":
     pipeline.set_progress_bar_config(disable=True)
     names = ("height", "width", "num_frames", "guidance_scale", "negative_prompt", "max_sequence_length")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    device, limit = torch.device(device), device_memory(torch.device(device))
+    if args.gpu_memory is not None:
+        limit = int(args.gpu_memory * 2**30)
     return examine(
         pipeline,
         num_inference_steps=args.num_inference_steps,
-        transition_batch_size=args.transition_batch_size,
+        memory=MemorySettings(
+            rollout_batch_size=args.rollout_batch_size,
+            transition_batch_size=args.transition_batch_size,
+            activation_checkpointing=args.activation_checkpointing,
+            precompute_prompts=args.precompute_prompts,
+            reference=args.beta > 0,
+            host=device.type != "cpu" or args.gpu_memory is not None,
+        ),
+        limit=limit,
         image=Image.open(args.image).convert("RGB") if args.image is not None else None,
         peft_config=make_peft_config(args, args),
         generation_kwargs=args.generation_kwargs,
@@ -237,7 +297,7 @@ def diagnose(args: DoctorArguments) -> "Diagnosis":
     )
 
 
-def print_diagnosis(diagnosis: "Diagnosis", transition_batch_size: int, console: Console | None = None) -> None:
+def print_diagnosis(diagnosis: "Diagnosis", console: Console | None = None) -> None:
     """What was found as a table, then warnings, notes and the verdict."""
     console = console or Console()
 
@@ -272,15 +332,14 @@ def print_diagnosis(diagnosis: "Diagnosis", transition_batch_size: int, console:
             table.add_row(*row)
     if diagnosis.memory:
         table.add_section()
-        parts = {
-            "weights": "the denoiser and its adapter",
-            "encoders and VAE": "frozen",
-            "optimizer": "gradients, Adam, moving average",
-            "activations": f"of {transition_batch_size} training rows, without gradient checkpointing",
-        }
-        for part, size in diagnosis.memory.items():
-            table.add_row(f"Memory: {part}", f"{size:.3g} GiB", parts.get(part, ""))
-        table.add_row("Memory: sum", f"{sum(diagnosis.memory.values()):.3g} GiB", "an estimate")
+        sums = {phase: sum(parts.values()) for phase, parts in diagnosis.memory.items()}
+        for phase, size in sums.items():
+            parts = ", ".join(
+                f"{part} {share:.3g}" for part, share in diagnosis.memory[phase].items() if share >= 5e-3
+            )
+            table.add_row(f"Memory: {phase}", f"{size:.3g} GiB", parts)
+        largest = max(sums, key=sums.get)
+        table.add_row("Memory: peak", f"{sums[largest]:.3g} GiB", f"an estimate: {PHASES[largest]}")
     # A sentence is one line, for whoever searches the output; terminals break it.
     console.soft_wrap = True
     if table.rows:
@@ -325,7 +384,7 @@ def main(args: DoctorArguments) -> int:
     """
     quieten(progress_bars=args.model_name_or_path != "shapes")
     diagnosis = diagnose(args)
-    print_diagnosis(diagnosis, args.transition_batch_size)
+    print_diagnosis(diagnosis)
     if args.json is not None:
         write_json(diagnosis, args)
     return 0 if diagnosis.trains else 1

@@ -28,7 +28,7 @@ from rich.text import Text
 from ..report.plan import ASCII, PlanPicture, count_text, plan_text
 from ..report.text import format_duration
 from .arguments import TrainingScriptArguments
-from .estimate import estimate, rows_per_step
+from .estimate import estimate, memory_settings, rows_per_step
 
 
 def dry_run(trainer_class: type, script_args: TrainingScriptArguments, training_args: Any) -> None:
@@ -284,7 +284,9 @@ def _weighted(trainer) -> list[str]:
 
 def update_facts(trainer, updates: int) -> list[tuple[str, str]]:
     """Updates, evaluations, and memory as the doctor estimates it."""
-    from ..policy.doctor import Diagnosis, Untrainable, examine_policy
+    from ..policy.doctor import Diagnosis, Untrainable, examine_policy, note_memory
+    from ..policy.memory import device_memory
+    from .doctor import PHASES
 
     args = trainer.args
     groups, each = groups_per_rollout(trainer), updates_per_rollout(trainer)
@@ -309,23 +311,21 @@ def update_facts(trainer, updates: int) -> list[tuple[str, str]]:
     trainer.policy.pipeline.set_progress_bar_config(disable=True)
     diagnosis = Diagnosis(type(trainer.policy.pipeline).__name__)
     try:
-        examine_policy(
-            trainer.policy,
-            diagnosis,
-            # Where it is to be found, of the least that there can be.
-            transition_batch_size=1 if args.transition_batch_size == "auto" else args.transition_batch_size,
-            image=trainer.train_dataset[0].get("image"),
-        )
+        examine_policy(trainer.policy, diagnosis, image=trainer.train_dataset[0].get("image"))
+        if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+            note_memory(diagnosis, *memory_settings(trainer, updates), device_memory(trainer.accelerator.device))
     except Untrainable as problem:
         facts.append(("Warning", f"trl-flow doctor says that it does not train: {problem}"))
     if diagnosis.memory:
-        parts = ", ".join(f"{part} {size:.2g}" for part, size in diagnosis.memory.items())
-        checkpointing = " without gradient checkpointing" if args.activation_checkpointing else ""
+        sums = {phase: sum(parts.values()) for phase, parts in diagnosis.memory.items()}
+        largest = max(sums, key=sums.get)
+        parts = ", ".join(f"{part} {size:.2g}" for part, size in diagnosis.memory[largest].items() if size >= 5e-3)
+        others = ", ".join(f"{phase} {size:.2g}" for phase, size in sums.items() if phase != largest)
         facts.append(
             (
                 "Memory",
-                f"about {sum(diagnosis.memory.values()):.2g} GiB a process{checkpointing} ({parts}; "
-                f"transition_batch_size {args.transition_batch_size}), and what the rewards' models take",
+                f"about {sums[largest]:.2g} GiB a process {PHASES[largest]}{f' ({parts})' if parts else ''}; in other phases "
+                f"{others}; and what the rewards' models take",
             )
         )
     return facts + [("Warning", warning) for warning in diagnosis.warnings]

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..policy.memory import MemoryEstimator, MemorySettings
 from ..rewards.reward import Reward
 from ..rewards.scoring import is_async
 
@@ -199,6 +200,43 @@ def rows_per_step(trainer, plan) -> list[int]:
     trained = trainer.trained(advantages, torch.ones(shape, dtype=torch.bool), ["dry run"])[0]
     parents = torch.tensor([[edge.parent for edge in group] for group in edges])
     return [len(parents[s][trained[s]].unique()) for s in range(len(edges))]
+
+
+def memory_settings(trainer, updates: int) -> tuple[MemoryEstimator, MemorySettings]:
+    """
+    What the memory of a run is estimated with.
+
+    Args:
+        trainer ([`FlowGRPOTrainer`]): The trainer.
+        updates (`int`): Updates of the run.
+    """
+    args, policy, dataset = trainer.args, trainer.policy, trainer.train_dataset
+    groups = args.per_device_train_batch_size * args.steps_per_generation  # on this process
+    prompts = groups // trainer.groups_per_prompt
+    # Prompts of a rollout; the longest come first, as padding and text take memory too.
+    first = sorted(range(min(len(dataset), 100 * prompts)), key=lambda n: -len(dataset[n]["prompt"]))[:prompts]
+    rows = [dataset[number] for number in first for _ in range(trainer.groups_per_prompt)]
+    conditions = trainer.conditioning([row["prompt"] for row in rows], trainer.images(rows))
+    plan = trainer.rollout_plan(trainer.rollout_steps())
+    rollouts = math.ceil(updates * args.gradient_accumulation_steps / (args.num_iterations * trainer._micro_steps))
+    tests = 0 if trainer.eval_dataset is None else len(trainer.eval_dataset)
+    largest = args.per_device_train_batch_size * max(rows_per_step(trainer, plan))
+    return MemoryEstimator(policy, conditions, trainer.sigmas), MemorySettings(
+        plan=plan,
+        prompts=groups,
+        known_prompts=min(len(dataset), prompts * rollouts) + math.ceil(tests / args.world_size),
+        # Where they are to be found, the least that there can be.
+        rollout_batch_size=1 if args.rollout_batch_size == "auto" else args.rollout_batch_size,
+        transition_batch_size=1 if args.transition_batch_size == "auto" else min(args.transition_batch_size, largest),
+        activation_checkpointing=bool(args.activation_checkpointing),
+        precompute_prompts=args.precompute_prompts,
+        reference=args.beta > 0,
+        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        optim=str(getattr(args.optim, "value", args.optim)),
+        ema=trainer._ema is not None,
+        several_processes=args.world_size > 1,
+        host=trainer.accelerator.device.type != "cpu",
+    )
 
 
 def num_evaluations(trainer, updates: int) -> int:

@@ -1,0 +1,621 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Memory of a run: what it will take, found without weights and without doing the work, and what something did take."""
+
+import functools
+import gc
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..rollout import Plan, chain_plan, execute, log_prob, transition
+from .conditioning import Condition
+from .flow_policy import FlowPolicy
+
+
+aten = torch.ops.aten
+# Convolutions, with the place of their weights among what they are given.
+CONVOLUTIONS = {aten.convolution: 1, aten.convolution_backward: 2}
+PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)
+# What a CUDA context and the gaps between allocations take beside what is counted here, in bytes.
+ALLOWANCE = 2**30
+# Bytes that an optimizer keeps of each trained weight, by what its name holds; the first that fits.
+OPTIMIZER_BYTES = (
+    ("adafactor", 0),
+    ("sgd", 0),
+    ("lion_8bit", 1),
+    ("lion", 4),
+    ("rmsprop", 4),
+    ("adagrad", 4),
+    ("8bit", 2),
+    ("4bit", 1),
+    ("", 8),
+)
+# Bytes of a weight and of what belongs to it: a scale for each row of int8, and for each 64 weights of nf4.
+QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+
+
+def measured_peak(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """
+    Most bytes that a call holds at a time, above what was there before, as torch's allocator counts them.
+
+    Args:
+        call (`Callable`): Does the work.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where memory is counted. On the CPU each
+            allocation is noted by torch's profiler, which slows the work down; on an accelerator, it counts by itself.
+    """
+    device = torch.device(device)
+    gc.collect()  # what is freed on the way must not have been there before
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+        before = torch.accelerator.memory_allocated(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+        call()
+        torch.accelerator.synchronize(device)
+        return torch.accelerator.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        call()
+    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    held = peak = 0
+    for _, num_bytes in sorted(((event.start_ns(), event.nbytes()) for event in events), key=lambda event: event[0]):
+        held += num_bytes
+        peak = max(peak, held)
+    return peak
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes that an accelerator has; `None` for the CPU, which shares them."""
+    return None if device.type == "cpu" else torch.get_device_module(device).get_device_properties(device).total_memory
+
+
+class _Ledger(TorchDispatchMode):
+    """Notes what is allocated and freed while it is active, and the most that was held. Tensors may be fake."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device_type = device.type
+        self.held = self.peak = 0
+        self._known: dict[int, weakref.finalize] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1  # numbers that are logged: a fake tensor has none
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        for tensor in inputs:
+            self._note(tensor, is_new=False)
+        output = func(*args, **kwargs)
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor, is_new=True)
+        self.reach(_workspace(func, inputs))
+        return output
+
+    def _note(self, tensor: torch.Tensor, is_new: bool):
+        if type(tensor) not in (torch.Tensor, nn.Parameter, FakeTensor) or tensor.device.type != self.device_type:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            num_bytes = storage.nbytes() if is_new else 0
+            self.held += num_bytes
+            self._known[key] = weakref.finalize(storage, self._forget, key, num_bytes)
+
+    def _forget(self, key: int, num_bytes: int):
+        del self._known[key]
+        self.held -= num_bytes
+
+    def reach(self, num_bytes: int):
+        """Notes that so much more was held for a moment."""
+        self.peak = max(self.peak, self.held + num_bytes)
+
+    def close(self):
+        for finalizer in self._known.values():
+            finalizer.detach()
+
+
+def _workspace(func, inputs: list[torch.Tensor]) -> int:
+    """Bytes that a kernel holds while it runs: convolutions copy what they are given into a layout of their own."""
+    if func.overloadpacket not in CONVOLUTIONS:
+        return 0
+    given, weight = inputs[0], inputs[CONVOLUTIONS[func.overloadpacket]]
+    return num_bytes(given) + num_bytes(weight) if math.prod(weight.shape[2:]) > 1 else 0
+
+
+@contextmanager
+def ledger(device: torch.device) -> Iterator[_Ledger]:
+    """Context whose allocations on a device are counted."""
+    book = _Ledger(device)
+    try:
+        with book:
+            yield book
+    finally:
+        book.close()
+
+
+def num_bytes(tensor: torch.Tensor) -> int:
+    """Memory of a tensor's elements; of quantised ones, that of what they are made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(num_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Memory of a model's weights and buffers, shared ones once."""
+    tensors = {id(tensor): tensor for tensor in itertools.chain(module.parameters(), module.buffers())}
+    states = {id(state): state for t in tensors.values() if (state := getattr(t, "quant_state", None)) is not None}
+    extra = [part for state in states.values() for part in vars(state).values() if isinstance(part, torch.Tensor)]
+    return sum(num_bytes(tensor) for tensor in [*tensors.values(), *extra])
+
+
+class _Dequantized(torch.autograd.Function):
+    """A quantised layer: its weight is there in full while it is used, and again for its gradient."""
+
+    @staticmethod
+    def forward(ctx, rows, mode, shape, bias):
+        ctx.mode, ctx.shape = mode, shape
+        with mode:
+            weight = torch.empty(shape, dtype=rows.dtype, device=rows.device)
+        return nn.functional.linear(rows, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with ctx.mode:
+            weight = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device)
+        return gradient @ weight, None, None, None
+
+
+@contextmanager
+def without_weights(models: list[nn.Module], quantized: bool = False) -> Iterator[FakeTensorMode]:
+    """
+    Context in which models compute with shapes alone: their weights, and what is computed from them, hold nothing.
+
+    Args:
+        models (`list[nn.Module]`): The models. Weights that are fake already stay what they are.
+        quantized (`bool`, *optional*, defaults to `False`): Whether all linear layers of the first one are treated as
+            quantised, as those are that are.
+
+    Yields:
+        The mode in which further tensors of this kind are made.
+    """
+    modes = [p.fake_mode for model in models for p in model.parameters() if isinstance(p, FakeTensor)]
+    mode = modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
+    fakes: dict[int, torch.Tensor] = {}
+    replaced, layers = [], linear_layers(models[0]) if quantized else []
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in fakes:
+            with mode:
+                values = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+                if isinstance(tensor, nn.Parameter):
+                    values = nn.Parameter(values, requires_grad=tensor.requires_grad)
+            fakes[id(tensor)] = values
+        return fakes[id(tensor)]
+
+    for model in models:
+        for module in model.modules():
+            weight = module._parameters.get("weight")
+            if weight is not None and type(weight) not in PLAIN:
+                layers.append(module)
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    # Numbers of positions and the like are looked at; what is quantised is never touched.
+                    if tensor is not None and tensor.is_floating_point() and type(tensor) in PLAIN:
+                        replaced.append((table, name, tensor))
+                        table[name] = fake(tensor)
+    for layer in layers:
+        shape = layer.out_features, layer.in_features
+        layer.forward = functools.partial(
+            lambda rows, shape, bias: _Dequantized.apply(rows, mode, shape, bias),
+            shape=shape,
+            bias=layer._parameters.get("bias"),
+        )
+    try:
+        yield mode
+    finally:
+        for layer in layers:
+            del layer.forward
+        for table, name, tensor in replaced:
+            table[name] = tensor
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """
+    What a run's memory depends on beside its pipeline: a trainer's settings, by their names.
+
+    Attributes:
+        plan ([`Plan`] or `None`): The tree of one group. Default: 24 chains of 10 steps.
+        prompts (`int`): Groups of a rollout, on one process.
+        known_prompts (`int`): Prompts whose conditioning is kept at a time.
+        rollout_batch_size, transition_batch_size (`int`): Rows of a forward in rollouts, and in training.
+        activation_checkpointing (`bool`): Whether activations are computed again in the backward pass.
+        precompute_prompts (`bool`): Whether the encoders leave the device.
+        reference (`bool`): Whether the base model is evaluated beside what is trained (`beta` above 0).
+        autocast (`torch.dtype` or `None`): Precision of mixed-precision training.
+        optim (`str`): Name of the optimizer.
+        ema (`bool`): Whether there is a moving average.
+        several_processes (`bool`): Whether gradients are exchanged, of which there is a copy then.
+        quantization (`str` or `None`): `"int8"` or `"nf4"`, of a denoiser that is not quantised yet.
+        host (`bool`): Whether what waits on the CPU takes nothing of this memory.
+    """
+
+    plan: Plan | None = None
+    prompts: int = 1
+    known_prompts: int = 1
+    rollout_batch_size: int = 32
+    transition_batch_size: int = 8
+    activation_checkpointing: bool = True
+    precompute_prompts: bool = False
+    reference: bool = False
+    autocast: torch.dtype | None = None
+    optim: str = "adamw_torch_fused"
+    ema: bool = True
+    several_processes: bool = False
+    quantization: str | None = None
+    host: bool = True
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """
+    Bytes that a process holds, by phase and by what takes them.
+
+    Attributes:
+        phases (`dict[str, dict[str, int]]`): Of each phase, at its largest, its parts.
+    """
+
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def largest(self) -> str:
+        """The phase that takes most."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes of that phase: phases follow each other."""
+        return sum(self.phases[self.largest].values())
+
+
+class MemoryEstimator:
+    """
+    Estimates the memory of runs with one pipeline.
+
+    The policy's own forward and backward pass, the executor and the decoder run with tensors that have shapes and no
+    content, while what would be allocated is noted. What is the same for several settings is found once.
+
+    Args:
+        policy ([`FlowPolicy`]): The policy. Its weights may be on any device, or fake.
+        conditions (`list[Condition]`): Of prompts of a rollout, which its rows belong to in turn.
+        sigmas (`torch.Tensor` of shape `(T + 1,)`): The grid.
+    """
+
+    def __init__(self, policy: FlowPolicy, conditions: list[Condition], sigmas: torch.Tensor):
+        self.policy, self.conditions, self.sigmas = policy, conditions, sigmas.tolist()
+        components = {name: part for name, part in policy.pipeline.components.items() if isinstance(part, nn.Module)}
+        self.denoisers = policy.denoisers
+        self.encoders = {name: part for name, part in components.items() if name in policy.encoders.models}
+        self.others = {
+            name: part
+            for name, part in components.items()
+            if name not in policy.components and name not in self.encoders
+        }
+        self._found: dict[tuple, int] = {}
+        self._largest: dict[str, int] = {}
+        self._sweeps: dict[tuple, tuple[int, int]] = {}
+
+    # ---- What is there all the time ----
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of the trained weights, and so of their gradient."""
+        return sum(num_bytes(parameter) for parameter in self.policy.parameters() if parameter.requires_grad)
+
+    def weights(self, settings: MemorySettings) -> dict[str, int]:
+        """Of what is frozen, and of what is trained with all that belongs to it."""
+        trained = self.trained_bytes
+        denoiser = module_bytes(self.denoisers) - trained
+        if settings.quantization is not None:
+            for layer in linear_layers(self.denoisers):
+                full = num_bytes(layer.weight)
+                denoiser += int(layer.weight.numel() * QUANTIZED_BYTES[settings.quantization]) - full
+        copies = 1 + settings.ema + (settings.reference and self.policy.full_finetuning)
+        states = next(size for part, size in OPTIMIZER_BYTES if part in settings.optim)
+        return {
+            "denoiser": denoiser,
+            "encoders": 0
+            if settings.precompute_prompts and settings.host
+            else sum(module_bytes(part) for part in self.encoders.values()),
+            "VAE": sum(module_bytes(part) for part in self.others.values()),
+            "trained weights": copies * trained,
+            "optimizer": states * trained // 4,
+            "prompts": self._conditioning(settings),
+        }
+
+    def _conditioning(self, settings: MemorySettings) -> int:
+        largest = max(condition.num_bytes for condition in self.conditions)
+        known = min(settings.known_prompts, self.policy.cache_size)
+        return int(min(known * largest, max(largest, self.policy.cache_bytes)))
+
+    # ---- What a phase adds ----
+
+    def encoding(self) -> int:
+        """Of one prompt's way through the encoders, which is gone."""
+        if ("encoding",) not in self._found:
+            condition = self.conditions[0]
+            with ledger(self.policy.device) as book:
+                self.policy.encode_anew(condition.prompt, condition.image)
+            self._found["encoding",] = book.peak
+        return self._found["encoding",]
+
+    def sampling(self, rows: int, settings: MemorySettings) -> int:
+        """Of one velocity in a rollout."""
+
+        def velocity(latents, sigma, conditions):
+            with torch.no_grad(), self._autocast(settings):
+                self.policy(latents, sigma, conditions)
+
+        return self._transient("sampling", velocity, rows, settings, settings.autocast)
+
+    def training(self, rows: int, settings: MemorySettings) -> int:
+        """Of one forward and backward pass, beside the gradient."""
+
+        def train(latents, sigma, conditions):
+            sigma_next = self.sigmas[self.sigmas.index(sigma) + 1]
+            following = torch.empty_like(latents)
+            with self._autocast(settings):
+                velocity = self.policy(latents, sigma, conditions)
+                mean, std = transition(latents, velocity, sigma, sigma_next, 0.7, "flow")
+                loss = torch.exp(log_prob(following, mean, std)).sum()
+                if settings.reference:
+                    # Full copies are as large as what they are copies of.
+                    base = nullcontext() if self.policy.full_finetuning else self.policy.reference()
+                    with torch.no_grad(), base:
+                        reference = self.policy(latents, sigma, conditions)
+                    loss = loss + (velocity - reference).square().mean()
+            loss.backward()
+
+        return self._transient(
+            "training",
+            train,
+            rows,
+            settings,
+            (settings.activation_checkpointing, settings.reference, settings.autocast),
+        )
+
+    def decoding(self, rows: int, settings: MemorySettings) -> int:
+        """Of decoding rows at once."""
+
+        def decode(latents, sigma, conditions):
+            pictures = self.policy.decode(latents, rows, conditions)
+            self._found["picture",] = num_bytes(pictures) // rows
+
+        return self._transient("decoding", decode, rows, settings, None)
+
+    def _autocast(self, settings: MemorySettings):
+        return torch.autocast(self.policy.device.type, settings.autocast, enabled=settings.autocast is not None)
+
+    def _transient(self, name: str, call: Callable, rows: int, settings: MemorySettings, mattering) -> int:
+        """The most that `call(latents, sigma, conditions)` holds at a time."""
+        key = name, rows, mattering, settings.quantization is not None
+        if key in self._found:
+            return self._found[key]
+        policy = self.policy
+        conditions = [self.conditions[row * len(self.conditions) // rows] for row in range(rows)]
+        # Of two denoisers, one is for the beginning and the other for the end.
+        steps = [0, len(self.sigmas) - 3] if len(policy.components) > 1 else [(len(self.sigmas) - 2) // 2]
+        peak = 0
+        with (
+            self._checkpointing(settings.activation_checkpointing),
+            without_weights([policy.denoisers, *self.others.values()], settings.quantization is not None) as mode,
+        ):
+            parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+            for step in steps if name != "decoding" else steps[:1]:
+                with mode:
+                    latents = torch.empty(rows, *policy.latent_shape, device=policy.device)
+                    for parameter in parameters:
+                        parameter.grad = torch.empty_like(parameter) if name == "training" else None
+                with ledger(policy.device) as book:
+                    call(latents, self.sigmas[max(0, step)], conditions)
+                peak = max(peak, book.peak)
+        self._found[key] = peak
+        return peak
+
+    @contextmanager
+    def _checkpointing(self, wanted: bool) -> Iterator[None]:
+        """Context in which activations are checkpointed, or not."""
+        denoisers = [getattr(self.policy.pipeline, name) for name in self.policy.components]
+        before = [
+            (m, m.gradient_checkpointing)
+            for d in denoisers
+            for m in d.modules()
+            if hasattr(m, "gradient_checkpointing")
+        ]
+        for denoiser in denoisers:
+            if wanted != denoiser.is_gradient_checkpointing:
+                (denoiser.enable_gradient_checkpointing if wanted else denoiser.disable_gradient_checkpointing)()
+        try:
+            yield
+        finally:
+            for module, was in before:
+                module.gradient_checkpointing = was
+
+    def between(self, name: str, rows: int, settings: MemorySettings) -> int:
+        """Of a number of rows: what was found for the most that were asked for, or less, on a straight line to a single one."""
+        find = getattr(self, name)
+        largest = self._largest[name] = max(rows, self._largest.get(name, 0))
+        high = find(largest, settings)
+        if rows >= largest:
+            return high
+        low = find(1, settings)
+        return low + (high - low) * (rows - 1) // (largest - 1)
+
+    def sweep(self, prompts: int, settings: MemorySettings) -> tuple[int, int, int]:
+        """Of the executor's way down the grid for some prompts: the most, what is left, and what of that is kept."""
+        plan = settings.plan or chain_plan(10, 24, list(range(9)))
+        # The largest batch comes first: all others are on the line below it.
+        self.between("sampling", min(settings.rollout_batch_size, max(rows_at_once(plan, prompts))), settings)
+        key = "sweep", id(plan), prompts, settings.rollout_batch_size, settings.autocast, settings.quantization
+        if key not in self._sweeps:
+            device, shape = self.policy.device, self.policy.latent_shape
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            with ledger(device) as book:
+
+                def velocity(latents, sigma, prompt):
+                    book.reach(self.between("sampling", len(latents), settings))
+                    return torch.empty_like(latents)
+
+                with mode:
+                    drawn = (
+                        []
+                        if settings.host
+                        else [torch.empty(plan.num_draws, *shape, device=device) for _ in range(prompts)]
+                    )
+                    noise = torch.empty(prompts, plan.num_draws, *shape, device=device)
+                rollout = execute(
+                    plan,
+                    velocity,
+                    torch.linspace(1, 0, plan.num_steps + 1),
+                    noise,
+                    [0.7] * plan.num_steps,
+                    "flow",
+                    settings.rollout_batch_size,
+                )
+                del noise
+                kept = torch.stack(list(rollout.nodes.values()), dim=1)
+                self._sweeps[key] = book.peak, book.held, num_bytes(kept)
+                del drawn, kept, rollout
+        return self._sweeps[key]
+
+    # ---- All of it ----
+
+    def estimate(self, settings: MemorySettings) -> MemoryEstimate:
+        """
+        What a run will hold.
+
+        Args:
+            settings ([`MemorySettings`]): Its settings.
+
+        Returns:
+            [`MemoryEstimate`]
+        """
+        plan = settings.plan or chain_plan(10, 24, list(range(9)))
+        weights, trained = self.weights(settings), self.trained_bytes
+        at_once = min(settings.prompts, max(1, settings.rollout_batch_size // plan.width))
+        most, left, kept = self.sweep(at_once, settings)
+        sweeps = -(-settings.prompts // at_once)
+        all_kept = kept * settings.prompts // at_once
+        leftover = left if sweeps > 1 else 0
+        leaves = at_once * len(plan.leaves)
+        rows = min(settings.rollout_batch_size, leaves)
+        decoding = self.between("decoding", rows, settings)
+        if not settings.host:
+            pictures = self._found["picture",] * leaves
+            decoding = max(decoding + pictures - self._found["picture",] * rows, 2 * pictures)
+        before = {name: size for name, size in weights.items() if name != "optimizer"}
+        before["encoders"] = sum(module_bytes(part) for part in self.encoders.values())
+        gradients = trained * (1 + settings.several_processes)
+        temporary = 0 if "fused" in settings.optim or "8bit" in settings.optim else trained
+        return MemoryEstimate(
+            {
+                "encode": before | {"activations": self.encoding()},
+                "rollout": weights | {"latents": all_kept - kept + leftover, "activations": most},
+                "decode": weights | {"latents": all_kept - kept + left, "activations": decoding},
+                "collect": weights | {"latents": 3 * all_kept - kept + left},
+                "train": weights
+                | {
+                    "latents": all_kept,
+                    "gradients": gradients + trained,
+                    "activations": self.between("training", settings.transition_batch_size, settings),
+                },
+                "measure": weights | {"latents": all_kept, "gradients": gradients + 2 * trained},
+                "update": weights | {"latents": all_kept, "gradients": gradients + temporary},
+            }
+        )
+
+
+def rows_at_once(plan: Plan, prompts: int) -> list[int]:
+    """Rows of each index of the grid at which a tree is evaluated."""
+    indices = [plan.nodes[number].index for number in plan.evaluated]
+    return [prompts * indices.count(index) for index in sorted(set(indices))]
+
+
+def linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """Those that quantisation would take: frozen, and not quantised yet."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and type(module.weight) in PLAIN and not module.weight.requires_grad
+    ]
+
+
+def make_fit(
+    estimator: MemoryEstimator, settings: MemorySettings, limit: int
+) -> tuple[dict[str, int | bool | str], MemoryEstimate]:
+    """
+    Settings that bring a run below a limit, as few as do, those that cost least first.
+
+    Args:
+        estimator ([`MemoryEstimator`]): Of the pipeline.
+        settings ([`MemorySettings`]): Those that are wished for.
+        limit (`int`): Bytes that there are.
+
+    Returns:
+        `tuple[dict, MemoryEstimate]`: The changes by their names, and what is needed with them, which is still too much
+        where nothing helps.
+    """
+    changes = {}
+    found = estimator.estimate(settings)
+    while found.peak > limit:
+        change = _next_change(estimator, replace(settings, **changes), found, limit)
+        if change is None:
+            return changes, found
+        changes |= change
+        found = estimator.estimate(replace(settings, **changes))
+    for name in list(changes):
+        fewer = {other: value for other, value in changes.items() if other != name}
+        if (less := estimator.estimate(replace(settings, **fewer))).peak <= limit:
+            changes, found = fewer, less
+    return changes, found
+
+
+def _next_change(
+    estimator: MemoryEstimator, settings: MemorySettings, found: MemoryEstimate, limit: int
+) -> dict | None:
+    denoisers = [getattr(estimator.policy.pipeline, name) for name in estimator.policy.components]
+    if sum(estimator.weights(settings).values()) <= limit:
+        if found.largest == "train":
+            if settings.transition_batch_size > 1:
+                return {"transition_batch_size": settings.transition_batch_size // 2}
+            if not settings.activation_checkpointing and all(d._supports_gradient_checkpointing for d in denoisers):
+                return {"activation_checkpointing": True}
+        if found.largest in ("rollout", "decode") and settings.rollout_batch_size > 1:
+            return {"rollout_batch_size": settings.rollout_batch_size // 2}
+    if not settings.precompute_prompts and settings.host and estimator.encoders and found.largest != "encode":
+        return {"precompute_prompts": True}
+    if settings.quantization != "nf4" and not estimator.policy.full_finetuning and linear_layers(estimator.denoisers):
+        return {"quantization": "int8" if settings.quantization is None else "nf4"}
+    return None
