@@ -49,7 +49,10 @@ GOOD = Diagnosis(
     encoder_calls=0,
     trained_parameters=1234567,
     total_parameters=12000000000,
-    memory={"weights": 22.4, "encoders and VAE": 9.1, "optimizer": 0.25, "activations": 40.0},
+    memory={
+        "rollout": {"denoiser": 22.4, "encoders": 9.1, "activations": 2.0},
+        "train": {"denoiser": 22.4, "encoders": 9.1, "optimizer": 0.25, "activations": 40.0},
+    },
 )
 BAD = Diagnosis("MochiPipeline", problem="the steps of MochiPipeline | lead nowhere.\nNot at all.")
 
@@ -60,7 +63,7 @@ def parse(*args):
 
 def printed(diagnosis, width=100):
     console = Console(file=io.StringIO(), width=width)
-    print_diagnosis(diagnosis, 8, console)
+    print_diagnosis(diagnosis, console)
     return console.file.getvalue()
 
 
@@ -133,7 +136,11 @@ def test_settings_reach_the_policy(monkeypatch, tmp_path):
     config = given["peft_config"]
     assert (config.r, config.lora_alpha, config.use_dora) == (32, 7, True)
     assert set(config.target_modules) == {"to_q", "to_k"}
-    assert (given["num_inference_steps"], given["transition_batch_size"], given["full_finetuning"]) == (4, 8, False)
+    assert (given["num_inference_steps"], given["memory"].transition_batch_size, given["full_finetuning"]) == (
+        4,
+        8,
+        False,
+    )
 
     assert cli.main(["doctor", "--model", "shapes", "--max_sequence_length", "3", "--dtype", "bfloat16"]) == 0
     assert given["max_sequence_length"] == 3 and given["peft_config"] is None
@@ -151,6 +158,9 @@ def test_the_model_may_stand_first(args):
         ({"model_name_or_path": None}, "name a pipeline"),
         ({"num_inference_steps": 0}, "num_inference_steps=0: expected at least 1"),
         ({"transition_batch_size": 0}, "transition_batch_size=0: expected at least 1"),
+        ({"rollout_batch_size": 0}, "rollout_batch_size=0: expected at least 1"),
+        ({"gpu_memory": 0.0}, "gpu_memory=0.0: expected a number of GiB above 0"),
+        ({"beta": -1.0}, "beta=-1.0: expected at least 0"),
         ({"lora_r": 0}, "lora_r=0: expected at least 1"),
         ({"generation_kwargs": "{x}"}, "generation_kwargs='{x}' is no JSON"),
         ({"generation_kwargs": "[1]"}, "expected names and values in braces"),
@@ -182,11 +192,9 @@ def test_table_of_a_pipeline_that_trains():
         "Gradient coverage": "94%",
         "Encoder runs": "0",
         "Trained parameters": "1,234,567",
-        "Memory: weights": "22.4 GiB",
-        "Memory: encoders and VAE": "9.1 GiB",
-        "Memory: optimizer": "0.25 GiB",
-        "Memory: activations": "40 GiB",
-        "Memory: sum": "71.8 GiB",
+        "Memory: rollout": "33.5 GiB",
+        "Memory: train": "71.8 GiB",
+        "Memory: peak": "71.8 GiB",
     }
     warning, note, verdict = lines[-3:]
     assert warning == f"Warning: {GOOD.warnings[0]}."

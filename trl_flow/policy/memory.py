@@ -188,14 +188,12 @@ class _Dequantized(torch.autograd.Function):
 
 
 @contextmanager
-def without_weights(models: list[nn.Module], quantized: bool = False) -> Iterator[FakeTensorMode]:
+def without_weights(models: list[nn.Module]) -> Iterator[FakeTensorMode]:
     """
     Context in which models compute with shapes alone: their weights, and what is computed from them, hold nothing.
 
     Args:
         models (`list[nn.Module]`): The models. Weights that are fake already stay what they are.
-        quantized (`bool`, *optional*, defaults to `False`): Whether all linear layers of the first one are treated as
-            quantised, as those are that are.
 
     Yields:
         The mode in which further tensors of this kind are made.
@@ -203,7 +201,7 @@ def without_weights(models: list[nn.Module], quantized: bool = False) -> Iterato
     modes = [p.fake_mode for model in models for p in model.parameters() if isinstance(p, FakeTensor)]
     mode = modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
     fakes: dict[int, torch.Tensor] = {}
-    replaced, layers = [], linear_layers(models[0]) if quantized else []
+    replaced, layers = [], []
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in fakes:
@@ -247,7 +245,7 @@ class MemorySettings:
     What a run's memory depends on beside its pipeline: a trainer's settings, by their names.
 
     Attributes:
-        plan ([`Plan`] or `None`): The tree of one group. Default: 24 chains of 10 steps.
+        plan ([`Plan`]): The tree of one group. Default: 24 chains of 10 steps.
         prompts (`int`): Groups of a rollout, on one process.
         known_prompts (`int`): Prompts whose conditioning is kept at a time.
         rollout_batch_size, transition_batch_size (`int`): Rows of a forward in rollouts, and in training.
@@ -262,7 +260,7 @@ class MemorySettings:
         host (`bool`): Whether what waits on the CPU takes nothing of this memory.
     """
 
-    plan: Plan | None = None
+    plan: Plan = chain_plan(10, 24, list(range(9)))
     prompts: int = 1
     known_prompts: int = 1
     rollout_batch_size: int = 32
@@ -325,7 +323,7 @@ class MemoryEstimator:
         }
         self._found: dict[tuple, int] = {}
         self._largest: dict[str, int] = {}
-        self._sweeps: dict[tuple, tuple[int, int]] = {}
+        self._sweeps: dict[tuple, tuple[int, int, int]] = {}
 
     # ---- What is there all the time ----
 
@@ -420,7 +418,7 @@ class MemoryEstimator:
 
     def _transient(self, name: str, call: Callable, rows: int, settings: MemorySettings, mattering) -> int:
         """The most that `call(latents, sigma, conditions)` holds at a time."""
-        key = name, rows, mattering, settings.quantization is not None
+        key = name, rows, mattering
         if key in self._found:
             return self._found[key]
         policy = self.policy
@@ -430,7 +428,7 @@ class MemoryEstimator:
         peak = 0
         with (
             self._checkpointing(settings.activation_checkpointing),
-            without_weights([policy.denoisers, *self.others.values()], settings.quantization is not None) as mode,
+            without_weights([policy.denoisers, *self.others.values()]) as mode,
         ):
             parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
             for step in steps if name != "decoding" else steps[:1]:
@@ -468,17 +466,24 @@ class MemoryEstimator:
         find = getattr(self, name)
         largest = self._largest[name] = max(rows, self._largest.get(name, 0))
         high = find(largest, settings)
+        if settings.quantization is not None and name != "decoding":
+            # A layer's weight is there in full while it is used.
+            size = (settings.autocast or self.conditions[0].latent_dtype).itemsize
+            full = size * max(layer.weight.numel() for layer in linear_layers(self.denoisers))
+        else:
+            full = 0
         if rows >= largest:
-            return high
+            return high + full
         low = find(1, settings)
-        return low + (high - low) * (rows - 1) // (largest - 1)
+        return low + (high - low) * (rows - 1) // (largest - 1) + full
 
     def sweep(self, prompts: int, settings: MemorySettings) -> tuple[int, int, int]:
         """Of the executor's way down the grid for some prompts: the most, what is left, and what of that is kept."""
-        plan = settings.plan or chain_plan(10, 24, list(range(9)))
-        # The largest batch comes first: all others are on the line below it.
-        self.between("sampling", min(settings.rollout_batch_size, max(rows_at_once(plan, prompts))), settings)
-        key = "sweep", id(plan), prompts, settings.rollout_batch_size, settings.autocast, settings.quantization
+        plan = settings.plan
+        # Found before anything is counted: the largest batch, and the other end of the line to it.
+        for rows in (min(settings.rollout_batch_size, max(rows_at_once(plan, prompts))), 1):
+            self.between("sampling", rows, settings)
+        key = plan, prompts, settings.rollout_batch_size, settings.autocast, settings.quantization
         if key not in self._sweeps:
             device, shape = self.policy.device, self.policy.latent_shape
             mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -522,7 +527,7 @@ class MemoryEstimator:
         Returns:
             [`MemoryEstimate`]
         """
-        plan = settings.plan or chain_plan(10, 24, list(range(9)))
+        plan = settings.plan
         weights, trained = self.weights(settings), self.trained_bytes
         at_once = min(settings.prompts, max(1, settings.rollout_batch_size // plan.width))
         most, left, kept = self.sweep(at_once, settings)

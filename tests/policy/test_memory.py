@@ -1,0 +1,237 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a run will hold, against what torch's allocator says that it held."""
+
+import pytest
+import torch
+from datasets import Dataset
+from pipelines import redness, tiny_sdxl
+from torch import nn
+
+from trl_flow import FlowGRPOConfig, FlowGRPOTrainer, G2RPOConfig, G2RPOTrainer
+from trl_flow.policy import FlowPolicy, load_pipeline
+from trl_flow.policy.memory import (
+    MemoryEstimator,
+    MemorySettings,
+    ledger,
+    make_fit,
+    measured_peak,
+    module_bytes,
+    without_weights,
+)
+from trl_flow.report.live import LiveReport
+from trl_flow.rollout import chain_plan, log_prob, transition
+from trl_flow.scripts.estimate import memory_settings
+
+
+MIB = 2**20
+PROMPTS = ["a red circle", "two blue square", "three green circle", "a blue square"]
+CHAINS = chain_plan(4, 4, [0, 1, 2])
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return FlowPolicy(load_pipeline("shapes"), max_sequence_length=1)
+
+
+@pytest.fixture(scope="module")
+def estimator(policy):
+    return MemoryEstimator(policy, [policy.encode(PROMPTS[0])], policy.sigmas(4))
+
+
+def settings(**kwargs) -> MemorySettings:
+    given = {"plan": CHAINS, "rollout_batch_size": 4, "transition_batch_size": 4, "activation_checkpointing": False}
+    return MemorySettings(**given | kwargs)
+
+
+# ---- Measuring ----
+
+
+def test_peak_of_a_call():
+    def call():
+        first = torch.zeros(MIB)  # 4 MiB
+        second = first + 1  # 8
+        del first  # 4
+        third = second * 2  # 8
+        fourth = third * 2  # 12
+        del second, third, fourth
+
+    assert measured_peak(call) / MIB == pytest.approx(12, abs=0.01)
+
+
+# ---- Estimates of parts ----
+
+
+def test_sampling_training_and_decoding_need_what_they_are_said_to(policy, estimator):
+    condition = policy.encode(PROMPTS[0])
+    rows, conditions = torch.randn(4, *policy.latent_shape), [condition] * 4
+    sigma, sigma_next = policy.sigmas(4)[1:3].tolist()
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def sample():
+        policy(rows, sigma, conditions)
+
+    def train():
+        mean, std = transition(rows, policy(rows, sigma, conditions), sigma, sigma_next, 0.7, "flow")
+        log_prob(rows + 1, mean, std).sum().backward()
+
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        measured = [measured_peak(call) for call in (sample, train, lambda: policy.decode(rows, 4, conditions))]
+    finally:
+        for parameter in trained:
+            parameter.grad = None
+    estimated = [find(4, settings()) for find in (estimator.sampling, estimator.training, estimator.decoding)]
+    assert estimated == pytest.approx(measured, rel=0.1)
+    assert measured[1] > 3 * measured[0]
+
+
+def test_checkpointing_saves_activations_and_is_off_again(policy, estimator):
+    kept, computed_again = (
+        estimator.training(4, settings(activation_checkpointing=wanted)) for wanted in (False, True)
+    )
+    assert computed_again < kept / 2
+    assert not policy.pipeline.transformer.is_gradient_checkpointing
+
+
+def test_weights_come_back(policy):
+    before = {name: (id(p), p.data_ptr(), p.grad) for name, p in policy.named_parameters()}
+    with without_weights([policy.denoisers]) as mode:
+        assert all(parameter.fake_mode is mode for parameter in policy.parameters())
+    assert {name: (id(p), p.data_ptr(), p.grad) for name, p in policy.named_parameters()} == before
+
+
+def test_quantised_weights(policy, estimator):
+    frozen = [m.weight for m in policy.denoisers.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+    count = sum(weight.numel() for weight in frozen)
+    full = estimator.weights(settings())["denoiser"]
+    assert full - estimator.weights(settings(quantization="int8"))["denoiser"] == 3 * count
+    assert full - estimator.weights(settings(quantization="nf4"))["denoiser"] == pytest.approx(3.4375 * count)
+    # A layer's weight is there in full while it is used.
+    more = estimator.between("sampling", 4, settings(quantization="nf4")) - estimator.between(
+        "sampling", 4, settings()
+    )
+    assert more == 4 * max(weight.numel() for weight in frozen)
+
+
+def test_layer_that_is_quantised():
+    """Its weight is there in full in the forward and in the backward pass, and between them in what it is packed into."""
+
+    class Packed(nn.Parameter):
+        pass
+
+    layer = nn.Linear(1024, 512)
+    layer.weight = Packed(torch.zeros(512 * 1024 // 2, 1, dtype=torch.uint8), requires_grad=False)
+    with without_weights([layer]) as mode:
+        with mode:
+            rows = torch.zeros(8, 1024, requires_grad=True)
+        with ledger(torch.device("cpu")) as book:
+            output = layer(rows)
+            between, forward, book.peak = book.held, book.peak, 0
+            output.sum().backward()
+            assert tuple(rows.grad.shape) == (8, 1024)
+        assert (between, forward) == (4 * 8 * 512, 4 * (8 * 512 + 512 * 1024))
+        assert book.peak > 4 * 512 * 1024
+    assert "forward" not in vars(layer) and type(layer.weight) is Packed
+
+
+def test_encoders_leave_for_another_memory(estimator):
+    encoders = sum(map(module_bytes, estimator.encoders.values()))
+    away = settings(precompute_prompts=True)
+    assert estimator.weights(settings())["encoders"] == encoders > 0
+    assert estimator.weights(away)["encoders"] == 0
+    assert estimator.weights(settings(precompute_prompts=True, host=False))["encoders"] == encoders
+    assert estimator.estimate(away).phases["encode"]["encoders"] == encoders
+
+
+# ---- Advice ----
+
+
+def test_settings_that_fit_change_as_little_as_possible(estimator):
+    wished = settings()
+    found = estimator.estimate(wished)
+    assert found.largest == "train"
+    assert make_fit(estimator, wished, found.peak) == ({}, found)
+
+    changes, smaller = make_fit(estimator, wished, found.peak - 1)
+    assert changes == {"transition_batch_size": 2} and smaller.peak < found.peak
+
+    # Less than a single row takes with all its activations.
+    limit = estimator.estimate(settings(transition_batch_size=1)).peak - 1
+    changes, smaller = make_fit(estimator, wished, limit)
+    assert changes.pop("activation_checkpointing") is True and smaller.peak <= limit
+
+    changes, smaller = make_fit(estimator, wished, 1)
+    assert changes["quantization"] == "nf4" and changes["precompute_prompts"] and smaller.peak > 1
+
+
+# ---- Whole runs ----
+
+RUNS = {
+    "activations": {"transition_batch_size": 8, "num_generations": 8, "activation_checkpointing": False, "beta": 0.0},
+    "checkpointing": {"transition_batch_size": 24, "num_generations": 24},
+    "full_finetuning": {"full_finetuning": True},
+    "full_finetuning, no reference": {"full_finetuning": True, "beta": 0.0},
+    "rollouts": {"rollout_batch_size": 64, "num_generations": 64, "transition_batch_size": 1, "beta": 0.0},
+    "two prompts": {"per_device_train_batch_size": 2, "activation_checkpointing": False, "ema_decay": 0.0},
+    "no fused optimizer": {"full_finetuning": True, "beta": 0.0, "optim": "adamw_torch"},
+}
+
+
+def compare(tmp_path, pipeline, trainer_class=FlowGRPOTrainer, config_class=FlowGRPOConfig, **kwargs):
+    """Estimated and measured bytes of a run's two updates."""
+    pipeline.set_progress_bar_config(disable=True)
+    weights = sum(module_bytes(part) for part in pipeline.components.values() if isinstance(part, nn.Module))
+    made = []
+
+    def run():
+        args = {"num_inference_steps": 4, "num_generations": 4, "per_device_train_batch_size": 1} | kwargs
+        args = {"output_dir": str(tmp_path), "max_steps": 2, "use_cpu": True, "report_to": "none"} | args
+        trainer = trainer_class(
+            pipeline,
+            redness,
+            config_class(save_strategy="no", disable_tqdm=True, **args),
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        )
+        trainer.remove_callback(LiveReport)
+        made.append(trainer)
+        trainer.train()
+
+    measured = weights + measured_peak(run)
+    estimator, settings = memory_settings(made[0], updates=2)
+    return estimator.estimate(settings), measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_estimate_is_within_15_percent_of_what_a_run_takes(name, tmp_path):
+    estimate, measured = compare(tmp_path, load_pipeline("shapes"), max_sequence_length=1, **RUNS[name])
+    assert estimate.peak == pytest.approx(measured, rel=0.15), estimate.phases
+
+
+@pytest.mark.slow
+def test_estimate_of_a_tree(tmp_path):
+    estimate, measured = compare(
+        tmp_path, load_pipeline("shapes"), G2RPOTrainer, G2RPOConfig, max_sequence_length=1, rollout_batch_size=16
+    )
+    assert estimate.peak == pytest.approx(measured, rel=0.15), estimate.phases
+
+
+@pytest.mark.slow
+def test_estimate_of_a_unet(tmp_path):
+    estimate, measured = compare(tmp_path, tiny_sdxl(), height=128, width=128, activation_checkpointing=False)
+    assert estimate.peak == pytest.approx(measured, rel=0.15), estimate.phases
