@@ -184,7 +184,12 @@ def note_memory(
         settings ([`~trl_flow.policy.memory.MemorySettings`]): Of the run.
         limit (`int`, *optional*): Bytes that there are.
     """
-    found = estimator.estimate(settings)
+    try:
+        found = estimator.estimate(settings)
+    except Exception as error:  # whatever a model does that needs numbers, and not shapes alone
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        diagnosis.notes.append(f"its memory cannot be estimated: {type(error).__name__}: {reason}")
+        return
     diagnosis.memory = {
         phase: {part: size / 2**30 for part, size in parts.items()} for phase, parts in found.phases.items()
     }

@@ -231,7 +231,9 @@ def without_weights(models: list[nn.Module]) -> Iterator[FakeTensorMode]:
             bias=layer._parameters.get("bias"),
         )
     try:
-        yield mode
+        # Nobody waits for the compilation of what is not computed.
+        with torch.compiler.set_stance("force_eager"):
+            yield mode
     finally:
         for layer in layers:
             del layer.forward
