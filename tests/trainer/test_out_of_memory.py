@@ -16,7 +16,11 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -304,3 +308,109 @@ def test_a_checkpoint_keeps_the_sizes(make_trainer):
         assert trainer.batch_sizes["training"].rows == rows
         if given == 8:
             assert all(torch.equal(p, e) for p, e in zip(trainer._trainable, expected, strict=True))
+
+
+# ---- In processes of their own ----
+
+TRAIN = """
+import json, os, resource, sys
+import psutil
+import torch
+from peft import LoraConfig
+from pipelines import brightness, prompts, tiny_sd3
+from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
+from trl_flow.trainer.updates import average_gradients
+
+folder, kind = sys.argv[1:]
+rank = int(os.environ.get("RANK", 0))
+
+def train(name, limit, **settings):
+    pipeline = tiny_sd3()
+    transformer = pipeline.transformer
+    if settings.get("height"):
+        torch.manual_seed(0)
+        pipeline.transformer = type(transformer).from_config({**transformer.config, "pos_embed_max_size": 64})
+    config = FlowGRPOConfig(
+        output_dir=f"{folder}/{name}", use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        per_device_train_batch_size=1, learning_rate=1.0, optim="sgd", max_grad_norm=0.0, num_eval_inference_steps=2,
+        guidance_scale=1.0, max_sequence_length=2, beta=0.0, ema_decay=0, log_images=False, **settings,
+    )
+    trainer = FlowGRPOTrainer(
+        pipeline, brightness, config, prompts(4), peft_config=LoraConfig(r=2, lora_alpha=6, target_modules=None)
+    )
+    torch.manual_seed(0)
+    for parameter in trainer._trainable:
+        parameter.data = 0.1 * torch.randn(parameter.shape)
+    before = [parameter.detach().clone() for parameter in trainer._trainable]
+    limit(pipeline)
+    trainer.train()
+    weights = torch.cat([parameter.detach().flatten() for parameter in trainer._trainable])
+    moved = (weights - torch.cat([parameter.flatten() for parameter in before])).abs().max().item()
+    return weights, moved, {name: size.rows for name, size in trainer.batch_sizes.items()}
+
+def little_address_space(pipeline):
+    # Another 5 MiB; the 8 rows of a training forward take 10.
+    limit = psutil.Process().memory_info().vms + 5 * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+def second_process_alone(pipeline):
+    def check(module, args, kwargs):
+        if rank == 1 and torch.is_grad_enabled() and len(kwargs["hidden_states"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    pipeline.transformer.register_forward_pre_hook(check, with_kwargs=True)
+
+limit, settings = {
+    "limit": (little_address_space, {"max_steps": 1, "num_generations": 8, "num_inference_steps": 2, "height": 64, "width": 64}),
+    "processes": (second_process_alone, {"max_steps": 2, "num_generations": 4, "num_inference_steps": 3}),
+}[kind]
+expected, moved, _ = train("enough", lambda pipeline: None, **settings)
+weights, _, rows = train("little", limit, **settings)
+result = {"moved": moved, "error": (weights - expected).abs().max().item(), "rows": rows, "sum": weights.sum().item()}
+if kind == "processes":
+    both, second, none = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    both.grad = torch.tensor([1.0, 2.0]) * (rank + 1)
+    second.grad = torch.tensor([3.0, 4.0]) if rank == 1 else None
+    average_gradients([both, second, none])
+    result["averages"] = [both.grad.tolist(), second.grad.tolist(), none.grad]
+json.dump(result, open(f"{folder}/{rank}.json", "w"))
+"""
+
+
+def in_processes(folder, kind, number):
+    script = folder / "train.py"
+    script.write_text(TRAIN)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+        # What is freed goes back to the system, so that the limit is one of what is in use.
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
+    command = [*(launch if number > 1 else [sys.executable]), str(script), str(folder), kind]
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(number)], outcome.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space, of glibc's malloc")
+def test_an_allocator_that_fails(tmp_path):
+    (result,), errors = in_processes(tmp_path, "limit", 1)
+    assert "Training ran out of memory with 8 rows at a time" in errors
+    assert result["rows"]["training"] < 8
+    assert result["moved"] > 1e-4 and 0 < result["error"] < 1e-3 * result["moved"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_one_of_two_processes_runs_out_of_memory(tmp_path):
+    (first, second), errors = in_processes(tmp_path, "processes", 2)
+    assert first["rows"]["training"] == 8 and second["rows"]["training"] == 2
+    assert errors.count("ran out of memory") == 1
+    assert first["sum"] == second["sum"] and first["moved"] > 1e-4
+    assert first["error"] < 1e-3 * first["moved"]
+    for result in (first, second):
+        # A gradient that one process lacks is zero there; one that all lack stays none.
+        assert result["averages"] == [[1.5, 3.0], [1.5, 2.0], None]
