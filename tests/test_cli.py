@@ -376,6 +376,16 @@ class TestLauncher:
         monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
         assert launcher.launch("g2rpo", [], ["--num_processes", "1"]) == 1
 
+    def test_a_process_that_is_killed_is_named(self, monkeypatch, capsys):
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+        def killed(args):
+            raise ChildFailedError("train", {3: ProcessFailure(3, 99, -9, "")})
+
+        monkeypatch.setattr("accelerate.commands.launch.launch_command", killed)
+        assert launcher.launch("g2rpo", [], ["--num_processes", "1"]) == 1
+        assert "trl-flow g2rpo: error: process 3 was ended by SIGKILL" in capsys.readouterr().err
+
     @staticmethod
     def no_launcher(monkeypatch):
         monkeypatch.setattr("accelerate.commands.config.default_config_file", "/nowhere/default_config.yaml")

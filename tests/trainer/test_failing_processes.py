@@ -15,6 +15,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -106,23 +108,41 @@ FlowGRPOTrainer(
 """
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
 def launch(folder: Path, text: str, *arguments: str) -> subprocess.CompletedProcess:
     script = folder / "train.py"
     script.write_text(text)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, str(script), str(folder), *arguments], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(script), str(folder), *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_killed_process_ends_the_others_with_what_to_do(tmp_path):
-    outcome = launch(tmp_path, SIGNALLED, "SIGKILL")
-    assert outcome.returncode == 1
-    assert "ProcessLostError: Process 0 of 2 has lost another one after update 2." in outcome.stderr
-    assert "Go on from the last checkpoint with resume_from_checkpoint=True" in outcome.stderr
+    # Without a launcher, which may end the others before they have spoken.
+    script = tmp_path / "train.py"
+    script.write_text(SIGNALLED)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    survivor, killed = (
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path), "SIGKILL"],
+            env={**ENVIRONMENT, **world, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    )
+    said = survivor.communicate(timeout=300)[1]
+    killed.communicate(timeout=300)
+    assert (survivor.returncode, killed.returncode) == (1, -signal.SIGKILL)
+    assert "ProcessLostError: Process 0 of 2 has lost another one after update 2." in said
+    assert "Go on from the last checkpoint with resume_from_checkpoint=True, on any number of processes." in said
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
@@ -147,7 +167,8 @@ def test_a_reward_that_fails_on_one_process(tmp_path):
     # Below the limit both train, and to the same weights; the failures of one are in the logs of the other.
     assert first["0.2"]["failed"] == pytest.approx([1 / 12, 1 / 12])
     assert first["0.2"]["weights"] == second["0.2"]["weights"] and first["0.2"]["moved"]
-    assert first["0.2"]["pictures"] == pytest.approx([12, 12]), "those of both"
+    # Each process has its own times, and the log their means.
+    assert first["0.2"]["pictures"] == pytest.approx([12, 12], rel=0.3), "those of both"
     # The first process shows the pictures that both have made.
     assert first["0.2"]["shown"] == prompts(3)["prompt"][:] and second["0.2"]["shown"] is None
     # Above it both stop, each with the reason.

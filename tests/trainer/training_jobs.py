@@ -35,7 +35,7 @@ live.write_report = lambda *args, **kwargs: None
 
 
 SETTINGS = {
-    "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "max_steps": 4,
+    "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "max_steps": 3,
     "learning_rate": 0.1, "adam_epsilon": 1e-2, "num_inference_steps": 4, "num_eval_inference_steps": 3,
     "num_generations": 4, "guidance_scale": 1.0, "max_sequence_length": 2, "beta": 0.0, "rollout_batch_size": 4,
     "logging_steps": 1, "num_logged_images": 0,
