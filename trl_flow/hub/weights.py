@@ -24,6 +24,7 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .adapter import DIFFUSERS_WEIGHTS_NAME, HUB_ID, PEFT_PREFIX, load_adapter, save_adapter
 
@@ -64,14 +65,10 @@ def save_policy(policy, output_dir: str | Path, base_model: str | None, state_di
         elif weights is None:
             denoiser.save_pretrained(folder)
         else:
-            kept = {name: parameter.data for name, parameter in denoiser.named_parameters()}
-            try:
-                for name, parameter in denoiser.named_parameters():
-                    parameter.data = weights[name].to(parameter.device)
-                denoiser.save_pretrained(folder)
-            finally:
-                for name, parameter in denoiser.named_parameters():
-                    parameter.data = kept[name]
+            with torch.device("meta"):
+                shell = type(denoiser).from_config(denoiser.config)
+            shell.load_state_dict(weights, assign=True)
+            shell.save_pretrained(folder)
 
 
 def _is_second(component: str) -> bool:
@@ -99,19 +96,32 @@ def load_policy(policy, folder: str | Path) -> None:
     for component, denoiser in policy.denoisers.items():
         if policy.full_finetuning:
             saved = type(denoiser).from_pretrained(Path(folder) / component)
-            denoiser.load_state_dict(saved.state_dict())
+            denoiser.load_state_dict(_sharded_like(saved.state_dict(), denoiser.state_dict()))
             continue
         weights = load_file(Path(folder) / (component if _is_second(component) else "") / SAFETENSORS_WEIGHTS_NAME)
-        own, found = (
-            {name: tuple(value.shape) for name, value in state.items()}
-            for state in (get_peft_model_state_dict(denoiser), weights)
-        )
+        state = get_peft_model_state_dict(denoiser)
+        own, found = ({name: tuple(value.shape) for name, value in part.items()} for part in (state, weights))
         if own != found:
             name = min(name for name, _ in own.items() ^ found.items())
             raise ValueError(
                 f"{folder} is of another adapter: {name} has the shape {found.get(name)}, expected {own.get(name)}."
             )
-        set_peft_model_state_dict(denoiser, weights)
+        set_peft_model_state_dict(denoiser, _sharded_like(weights, state))
+
+
+def _sharded_like(weights: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights, in parts on all processes where those that they replace are."""
+    return {
+        name: distribute_tensor(
+            value.to(state[name].device, state[name].dtype),
+            state[name].device_mesh,
+            state[name].placements,
+            src_data_rank=None,
+        )
+        if isinstance(state.get(name), DTensor)
+        else value
+        for name, value in weights.items()
+    }
 
 
 def holds_policy(folder: str | Path) -> bool:

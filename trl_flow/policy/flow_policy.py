@@ -20,6 +20,7 @@ import functools
 import inspect
 import math
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -186,6 +187,8 @@ class FlowPolicy(nn.Module):
                 module.training = True
         # Copies of the base weights, for the divergence from them; made when first asked for, and registered nowhere.
         self._references: dict[str, nn.Module] = {}
+        # Of numbers the largest among the processes, where all of them must call their denoisers equally often.
+        self.most_calls: Callable[[list[int]], list[int]] | None = None
 
         # Shallow copies: the same components and settings, each with a scheduler of its own.
         self._encoder = self._copy(idle)
@@ -253,6 +256,19 @@ class FlowPolicy(nn.Module):
             self.call_arguments = {**self.call_arguments, self.family.guidance: guidance_scale}
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of the layers that accelerate's FSDP shards one by one: the denoisers' own, of those that they have."""
+        classes = {type(module).__name__ for module in self.denoisers.modules()}
+        named = [
+            name
+            for component in self.components
+            for name in getattr(self.pipeline, component)._no_split_modules
+            or getattr(self.pipeline, component)._repeated_blocks
+            or ()
+        ]
+        return [name for name in dict.fromkeys(named) if name in classes]
+
+    @property
     def device(self) -> torch.device:
         return next(self.denoisers.parameters()).device
 
@@ -282,14 +298,19 @@ class FlowPolicy(nn.Module):
         if any(condition.guidance_scale != self.guidance_scale for condition in conditioning):
             raise ValueError("The conditioning was made with another guidance_scale: make it where it is used.")
         batches = self._batches(conditioning)
-        if len(batches) == 1:
+        calls = len(batches) if self.most_calls is None else self.most_calls([len(batches)])[0]
+        if calls == 1:
             return self._velocity(latents, sigma, conditioning)
         # Row by row: indices would be copied to the device, which makes the host wait for it.
         velocities = {}
         for batch in batches:
             rows, part = torch.stack([latents[row] for row in batch]), [conditioning[row] for row in batch]
             velocities |= zip(batch, self._velocity(rows, sigma, part), strict=True)
-        return torch.stack([velocities[row] for row in range(len(latents))])
+        velocities = torch.stack([velocities[row] for row in range(len(latents))])
+        for _ in range(calls - len(batches)):
+            # Part of the result, so that the backward pass is that of the others, too.
+            velocities = velocities + 0 * self._velocity(latents[:1], sigma, conditioning[:1])
+        return velocities
 
     def _velocity(self, latents: torch.Tensor, sigma: float, conditioning: list[Condition]) -> torch.Tensor:
         scheduler = self._query.scheduler

@@ -81,7 +81,7 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
             return super()._generate_and_score(rows)
 
     def _update_old_policy(self):
-        new = [parameter.detach().clone() for parameter in self._trainable]
+        new = [shard.detach().clone() for shard in self._shards]
         if self._decay > 0 and self._old is not None:
             new = [n.lerp(o, self._decay) for n, o in zip(new, self._old, strict=True)]
         self._old = new
@@ -92,7 +92,7 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
         if self._decay == 0:
             yield
             return
-        trained = [parameter.detach().clone() for parameter in self._trainable]
+        trained = [shard.detach().clone() for shard in self._shards]
         self._set_weights(self._old)
         try:
             yield
@@ -101,11 +101,11 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
 
     @torch.no_grad()
     def _set_weights(self, weights):
-        for parameter, weight in zip(self._trainable, weights, strict=True):
-            parameter.copy_(weight)
+        for shard, weight in zip(self._shards, weights, strict=True):
+            shard.copy_(weight)
 
     def method_state(self):
-        return {"old_policy": self._old}
+        return {"old_policy": self._old and self._whole(self._old)}
 
     def load_method_state(self, state):
-        self._old = state["old_policy"]
+        self._old = state["old_policy"] and self._to_shards(state["old_policy"])

@@ -82,8 +82,10 @@ class EvaluationMixin:
         with self.averaged_weights(), self.policy.guided(args.eval_guidance_scale):
             self.find_batch_sizes(dataset[0])
             batch_size = self.batch_sizes["sampling"].rows
-            for start in range(0, len(mine), batch_size):
-                numbers = mine[start : start + batch_size]
+            # Sharded weights need all processes each time: one that has no prompts left evaluates one again.
+            most = math.ceil(len(dataset) / args.world_size) if self.is_sharded else len(mine)
+            for start in range(0, most, batch_size):
+                numbers = mine[start : start + batch_size] or range(1)
                 rows = [dataset[number] for number in numbers]
                 noise = [
                     seeded_noise(args.seed, "eval", number, num_draws=1, latent_shape=self.policy.latent_shape)
@@ -98,6 +100,8 @@ class EvaluationMixin:
                     [0.0] * plan.num_steps,
                     initial_scale=self.policy.initial_scale(sigmas),
                 )
+                if start >= len(mine):
+                    break
                 pictures = self.decode(rollout.leaves[:, 0], conditioning)
                 scoring.append(self.start_rewards(funcs, names, rows, pictures))
                 if len(scoring) > MOST_WAITING:

@@ -75,6 +75,7 @@ from .resuming import run_from_hub
 from .rollouts import RolloutMixin
 from .sampler import EpochRepeatSampler
 from .saving import SavingMixin, check_output_dir, last_checkpoint
+from .sharding import ShardingMixin
 from .transitions import TransitionChunk
 from .updates import UpdateMixin
 
@@ -85,7 +86,7 @@ RewardFunc = str | dict | Callable[..., list[float | None]]
 logger = get_logger(__name__)
 
 
-class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _BaseTrainer):
+class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, ShardingMixin, _BaseTrainer):
     """
     Trainer for Flow-GRPO, of the paper [Flow-GRPO: Training Flow Matching Models via Online
     RL](https://huggingface.co/papers/2505.05470).
@@ -334,6 +335,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, _
                         f"{size.name}={size.setting!r} does not work with FSDP and DeepSpeed: all processes take part in each "
                         "forward, and one that finds another number of rows would wait for the others. Give a number."
                     )
+        self.prepare_sharding()
         self.model_accepts_loss_kwargs = False
         # What `torch_compile` or the launcher asks for. accelerate would compile the policy as a whole, which is the pipeline's
         # own code, and that is not made for it.
@@ -687,6 +689,6 @@ class _AfterUpdate(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer._ema is not None:
-            self.trainer._ema.step(self.trainer._trainable)
+            self.trainer._ema.step(self.trainer._shards)
         if state.global_step >= state.max_steps and self.trainer.eval_dataset is not None:
             self.trainer._save_for_last_evaluation()

@@ -225,7 +225,7 @@ class SavingMixin:
         if self._ema is None or self._ema.optimization_step == 0:
             yield
             return
-        parameters = self._trainable
+        parameters = self._shards
         self._ema.store(parameters)
         self._ema.copy_to(parameters)
         try:
@@ -289,7 +289,7 @@ class SavingMixin:
             "elapsed": self._elapsed,
             "buffered_inputs": self._buffered_inputs,
             "batch_sizes": {name: size.state() for name, size in self.batch_sizes.items()},
-            "ema": None if self._ema is None else self._ema.state_dict(),
+            "ema": None if self._ema is None else self._average(),
             **self.method_state(),
         }
         file = _rollout_file(output_dir, self.args.process_index)
@@ -497,6 +497,11 @@ class SavingMixin:
     def _load_average(self, state: dict):
         if self._ema is not None and state["ema"] is not None:
             self._ema.load_state_dict(state["ema"])
+            self._ema.shadow_params = self._to_shards(self._ema.shadow_params)
+
+    def _average(self) -> dict:
+        state = self._ema.state_dict()
+        return state | {"shadow_params": self._whole(state["shadow_params"])}
 
     def _send_telemetry(self):
         """Nothing is sent: TRL's telemetry is about TRL's own trainers."""

@@ -32,6 +32,7 @@ class TransitionChunk:
     conditioning: list  # of the n rows, as the policy takes it
     row: torch.Tensor  # (m,) parent of each child
     members: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (m,) prompt, step and group member of each child
+    is_repeated: bool = False  # evaluated because other processes have more, and not trained on
 
 
 @dataclass
@@ -48,6 +49,12 @@ class TrainedStep:
     trained: torch.Tensor  # (B, G)
     weight: float  # of each transition in the micro-batch's mean
     conditioning: list  # of the B prompts
+    repeats: int = 0  # chunks that other processes have more: a transition of this one is evaluated again in each
+
+    def parts(self, batch_size: int) -> list[slice | None]:
+        """The rows in parts, `None` for each of the repeats."""
+        starts = range(0, len(self.rows), batch_size)
+        return [slice(start, start + batch_size) for start in starts] + [None] * self.repeats
 
 
 def trained_steps(
@@ -55,6 +62,7 @@ def trained_steps(
     sigmas: torch.Tensor,
     conditioning: Callable[[list[str], list | None], list],
     skip_uninformative: bool,
+    all_steps: bool = False,
 ) -> list[TrainedStep]:
     """
     What is trained of a micro-batch, step by step.
@@ -70,6 +78,7 @@ def trained_steps(
         conditioning (`Callable`): Prompts and images -> their conditioning, one row each.
         skip_uninformative (`bool`): Leave out parents whose children all have advantage 0: without a KL term they have
             no gradient. At least one row remains, because every process takes part in an update.
+        all_steps (`bool`, *optional*, defaults to `False`): Not only the steps that have rows.
     """
     table, sigmas = conditioning(inputs["prompts"], inputs["images"]), sigmas.tolist()
     trained = inputs["trained"].cpu()
@@ -87,14 +96,14 @@ def trained_steps(
             for u in range(len(parents))
             if informative[b, position, of_member == u].any()
         ]
-        if rows:
+        if rows or all_steps:
             found.append(
                 TrainedStep(
                     step=step,
                     position=position,
                     sigma=sigmas[step],
                     sigma_next=sigmas[step + 1],
-                    rows=torch.tensor(rows),
+                    rows=torch.tensor(rows, dtype=torch.int64).view(-1, 2),
                     parents=parents,
                     of_member=of_member,
                     trained=trained[:, position],
@@ -105,11 +114,15 @@ def trained_steps(
     return found
 
 
-def transition_chunk(inputs: dict, at: TrainedStep, part: slice) -> TransitionChunk:
-    """Some of the rows that a micro-batch trains at a step, as one forward."""
+def transition_chunk(inputs: dict, at: TrainedStep, part: slice | torch.Tensor | None) -> TransitionChunk:
+    """Some of the rows that a micro-batch trains at a step, as one forward; for `None` a transition that is only repeated."""
     device, home = inputs["advantages"].device, inputs["nodes"].device
-    b, u = at.rows[part].unbind(1)
-    row, member = ((at.of_member[None] == u[:, None]) & at.trained[b]).nonzero(as_tuple=True)
+    if part is None:
+        b, u, row = torch.zeros(3, 1, dtype=torch.int64)
+        member = (at.of_member == 0).nonzero()[0]
+    else:
+        b, u = at.rows[part].unbind(1)
+        row, member = ((at.of_member[None] == u[:, None]) & at.trained[b]).nonzero(as_tuple=True)
     return TransitionChunk(
         step=at.step,
         sigma=at.sigma,
@@ -119,6 +132,7 @@ def transition_chunk(inputs: dict, at: TrainedStep, part: slice) -> TransitionCh
         conditioning=[at.conditioning[prompt] for prompt in b.tolist()],
         row=row.to(device),
         members=(b[row].to(device), torch.full_like(row, at.position).to(device), member.to(device)),
+        is_repeated=part is None,
     )
 
 

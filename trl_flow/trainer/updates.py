@@ -21,13 +21,13 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from ..objective import kl_divergence
 from .rollouts import timed
+from .sharding import shard_of
 from .transitions import TrainedStep, TransitionChunk, trained_steps, transition_chunk
 
 
@@ -76,7 +76,7 @@ class UpdateMixin:
             previous, last = gradient, number == len(steps) - 1
             done = size.retried(
                 functools.partial(self._train_step, model, inputs, at, last),
-                len(at.rows),
+                max(1, len(at.rows)),
                 functools.partial(self._set_gradient, previous),
             )
             for members, statistics, loss, logs in done:
@@ -88,7 +88,8 @@ class UpdateMixin:
             self._nfe += len(at.rows) * (2 if self.args.beta > 0 else 1)
             self._rows_trained += len(at.rows)
             gradient = self._gradient()
-            norms[at.step] = _distance(gradient, previous)
+            if not self.is_deepspeed_enabled:  # which keeps gradients to itself
+                norms[at.step] = self._whole_norm(_distance(gradient, previous))
         if seen is not None:
             inputs["old"] = seen
         self._log_update(logged, norms, inputs["steps"].tolist())
@@ -104,10 +105,11 @@ class UpdateMixin:
         """
         args, old = self.args, inputs["old"]
         done = []
-        for start in range(0, len(at.rows), batch_size):
-            chunk = self._chunk(inputs, at, slice(start, start + batch_size))
-            final = last and start + batch_size >= len(at.rows)
-            with nullcontext() if final else self.accelerator.no_sync(model), self.compute_loss_context_manager():
+        parts = at.parts(batch_size)
+        for number, part in enumerate(parts):
+            chunk = self._chunk(inputs, at, part)
+            final = last and number == len(parts) - 1
+            with self._synchronised(model, final), self.compute_loss_context_manager():
                 velocity = model(chunk.latents, chunk.sigma, chunk.conditioning)
                 new = self.statistics(chunk, velocity)
                 now = {name: value.detach() for name, value in new.items()}
@@ -115,7 +117,7 @@ class UpdateMixin:
                     chunk,
                     inputs["advantages"][chunk.members],
                     new,
-                    now if old is None else {name: value[chunk.members] for name, value in old.items()},
+                    now if old is None or chunk.is_repeated else {k: value[chunk.members] for k, value in old.items()},
                 )
                 loss = at.weight * self._step_weights[chunk.step] * losses.sum()
                 if args.beta > 0:
@@ -132,19 +134,23 @@ class UpdateMixin:
                     )[chunk.row]
                     loss = loss + args.beta * at.weight * kl.sum()
                     logs["kl"] = kl
+                if chunk.is_repeated:
+                    loss = 0 * loss
                 # Of two denoisers, the one that this step belongs to may have no adapter.
                 if loss.requires_grad:
-                    self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+                    self._backward(loss / self.current_gradient_accumulation_steps)
+            if chunk.is_repeated:
+                continue
             kept = now if old is None and args.num_iterations > 1 else None
             done.append((chunk.members, kept, loss.detach(), {name: value.detach() for name, value in logs.items()}))
         return done
 
     def _trained_steps(self, inputs: dict) -> list[TrainedStep]:
-        return trained_steps(
-            inputs, self.sigmas, self.conditioning, self.args.beta == 0 and not self._trains_without_advantage
-        )
+        skip_uninformative = self.args.beta == 0 and not self._trains_without_advantage
+        steps = trained_steps(inputs, self.sigmas, self.conditioning, skip_uninformative, self.is_sharded)
+        return self._with_repeats(steps) if self.is_sharded else steps
 
-    def _chunk(self, inputs: dict, at: TrainedStep, part: slice | torch.Tensor) -> TransitionChunk:
+    def _chunk(self, inputs: dict, at: TrainedStep, part: slice | torch.Tensor | None) -> TransitionChunk:
         return transition_chunk(inputs, at, part)
 
     @torch.no_grad()
@@ -157,7 +163,7 @@ class UpdateMixin:
         steps = self._trained_steps(inputs)
         size.find(lambda n: self._try_rows(inputs, steps[0], n), inputs["advantages"].device, self._reserved_memory())
 
-        def evaluate(at: TrainedStep, part: slice) -> tuple:
+        def evaluate(at: TrainedStep, part: slice | None) -> tuple:
             chunk = self._chunk(inputs, at, part)
             with self.compute_loss_context_manager():
                 velocity = self.model(chunk.latents, chunk.sigma, chunk.conditioning)
@@ -166,6 +172,8 @@ class UpdateMixin:
         for at in steps:
             for members, statistics in size.in_parts(functools.partial(evaluate, at), len(at.rows)):
                 old = _note(old, inputs["advantages"].shape, members, statistics)
+            for _ in range(at.repeats):
+                evaluate(at, None)
             self._nfe += len(at.rows)
         return old
 
@@ -220,7 +228,7 @@ class UpdateMixin:
                 f"weights. float16 (dtype, fp16) overflows where bfloat16 does not; else lower learning_rate="
                 f"{self.args.learning_rate}, and go on from the last checkpoint (resume_from_checkpoint=True)."
             )
-        for step in steps:
+        for step in steps if norms else ():
             share = norms[step].item() / total if step in norms and total > 0 else 0.0
             metrics[f"grad_share/step_{step}"].append(share)
 
@@ -268,8 +276,8 @@ def _average(parameters: list[nn.Parameter]):
 
 def _distance(now: list[torch.Tensor | None], then: list[torch.Tensor | None]) -> torch.Tensor:
     """Norm of the difference of two gradients; none at all is 0."""
-    pairs = [(a, b) for a, b in zip(now, then, strict=True) if a is not None]
-    return torch.stack([(a if b is None else a - b).norm() for a, b in pairs]).norm() if pairs else torch.zeros(())
+    pairs = [(shard_of(a), b) for a, b in zip(now, then, strict=True) if a is not None]
+    return torch.stack([(a if b is None else a - shard_of(b)).norm() for a, b in pairs]).norm() if pairs else torch.zeros(())
 
 
 def _note(noted: dict | None, shape: torch.Size, members: tuple, statistics: dict) -> dict[str, torch.Tensor]:
