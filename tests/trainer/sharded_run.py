@@ -79,8 +79,6 @@ SETTINGS = {
     "transition_batch_size": 2,
     "rollout_batch_size": 4,
     "logging_steps": 1,
-    # As many on two processes as on one: the mean over an update's transitions is one of the processes' means.
-    "evaluation": 5,
 }
 ADAM = {"optim": "adamw_torch", "learning_rate": 0.05, "max_grad_norm": 0.1}
 CASES = {
@@ -91,6 +89,7 @@ CASES = {
     "DiffusionNFT": {"old_policy_decay_rate": 0.5},
     "AWM": {},
     "checkpointing": {"method": "DenseGRPO", "gradient_checkpointing": True},
+    "half": {"method": "FlowGRPO", "bf16": True},
     "complete": {"method": "FlowGRPO", "full_finetuning": True, "ema_decay": 0.5, "learning_rate": 0.1},
     "kept": {
         "method": "FlowGRPO",
@@ -106,7 +105,7 @@ CASES = {
 
 def trainer_of(case: str) -> trl_flow.FlowGRPOTrainer:
     settings = SETTINGS | CASES[case]
-    method, evaluation = settings.pop("method", case), settings.pop("evaluation")
+    method = settings.pop("method", case)
     world = int(os.environ.get("WORLD_SIZE", 1))
     AcceleratorState._reset_state(reset_partial_state=False)
     config = getattr(trl_flow, f"{method}Config")(
@@ -119,11 +118,11 @@ def trainer_of(case: str) -> trl_flow.FlowGRPOTrainer:
     if kind != "plain":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = getattr(trl_flow, f"{method}Trainer")(
-        tiny_sd3(),
+        tiny_sd3().to(torch.bfloat16) if case == "half" else tiny_sd3(),
         uneven,
         config,
         prompts(8),
-        prompts(evaluation),
+        prompts(5),  # one more for the first process than for the second
         peft_config=None if config.full_finetuning else LoraConfig(r=2, lora_alpha=6, target_modules=None),
     )
     if not config.full_finetuning:
@@ -142,11 +141,20 @@ for case in cases:
     expected = {"plain": "NO", "fsdp2": "FSDP"}.get(kind, "DEEPSPEED")
     assert trainer.accelerator.distributed_type == expected, trainer.accelerator.distributed_type
     assert all(isinstance(parameter, DTensor) == (kind == "fsdp2") for parameter in trainer.policy.parameters())
+    dtypes = (
+        {p.dtype for p in trainer._trainable},
+        {p.dtype for p in trainer.policy.parameters() if not p.requires_grad},
+    )
+    assert (
+        dtypes == ({torch.float32}, {torch.bfloat16})
+        if case == "half"
+        else torch.bfloat16 not in dtypes[0] | dtypes[1]
+    )
     after = [p.full_tensor() if isinstance(p, DTensor) else p for p in trainer._trainable]
     moved = max((p - q).abs().max().item() for p, q in zip(after, before, strict=True))
     assert moved > 5e-5, f"{case}: {moved}"
     shares = [entry["grad_share/step_0"] for entry in trainer.state.log_history if "grad_share/step_0" in entry]
-    assert len(shares) == (0 if kind.startswith("zero") else len(shares)) and all(0 <= share <= 1 for share in shares)
+    assert not (shares and kind.startswith("zero")) and all(0 <= share <= 1 for share in shares)
     if trainer.is_world_process_zero():
         scores = [entry["eval_reward"] for entry in trainer.state.log_history if "eval_reward" in entry]
         torch.save({"scores": scores, "shares": shares}, f"{folder}/{kind}/{case}/noted.pt")

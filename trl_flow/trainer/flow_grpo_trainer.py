@@ -75,7 +75,7 @@ from .resuming import run_from_hub
 from .rollouts import RolloutMixin
 from .sampler import EpochRepeatSampler
 from .saving import SavingMixin, check_output_dir, last_checkpoint
-from .sharding import ShardingMixin
+from .sharding import ShardingMixin, check_sharding
 from .transitions import TransitionChunk
 from .updates import UpdateMixin
 
@@ -172,6 +172,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, S
         # A copy: what is filled in below is not the caller's business.
         self.args = args = copy.copy(self._config_class.from_config(args))
         check_processes()
+        check_sharding(args)
 
         # Rewards
         self.reward_names, self.reward_funcs = load_rewards(reward_funcs, (), args.trust_remote_code)

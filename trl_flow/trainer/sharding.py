@@ -19,58 +19,64 @@ import os
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, save_fsdp_optimizer
+from accelerate.utils import FullyShardedDataParallelPlugin, save_fsdp_optimizer
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from .transitions import TrainedStep
 
 
-def check_sharding(accelerator: Accelerator):
+def check_sharding(args: TrainingArguments):
     """
-    Refuses what cannot train here of what a launcher has asked for.
+    Refuses what cannot train here of what a launcher, or the settings, have asked for.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): Settings, made in the launcher's environment.
 
     Raises:
-        ValueError: For FSDP1, ZeRO-3 and options that the policy's own settings stand for, with what to use in its place.
+        ValueError: For FSDP1, ZeRO-3 and what the run's own settings stand for, with what to use in its place.
     """
-    state = accelerator.state
-    if accelerator.distributed_type == DistributedType.FSDP:
-        plugin = state.fsdp_plugin
-        if plugin.fsdp_version != 2:
+    precision = args.mixed_precision
+    if args.deepspeed_plugin is not None:
+        stage = args.deepspeed_plugin.zero_stage
+        if stage not in (1, 2):
             raise ValueError(
-                "fsdp_version=1: its flat parameters have one dtype, and an adapter is float32 beside frozen weights that may "
-                "not be. Use fsdp_version: 2 (--accelerate_config fsdp2)."
+                f"zero_stage={stage}: expected 1 or 2. Stage 3 takes the weights apart, and evaluates pipelines by one forward "
+                "of the whole model: use FSDP2 for it (--accelerate_config fsdp2). Stage 0 is --multi_gpu."
             )
+        precision = _deepspeed_precision(args.deepspeed_plugin.deepspeed_config, precision)
+    elif args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        given = args.fsdp_plugin_args or {}
+        version = int(given.get("fsdp_version") or os.environ.get("FSDP_VERSION", 1))
+        if version != 2:
+            raise ValueError(
+                f"fsdp_version={version}: its flat parameters have one dtype, and an adapter is float32 beside frozen weights "
+                "that need not be. Use fsdp_version: 2 (--accelerate_config fsdp2)."
+            )
+        plugin = FullyShardedDataParallelPlugin(**given)
         if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
             raise ValueError(
-                "fsdp_offload_params=true keeps the denoiser on the CPU, which the pipeline's other models would follow. Set "
-                "it to false: with more processes, each holds less."
+                "fsdp_offload_params=true keeps the denoiser on the CPU, and its pipeline computes where the denoiser is. Set "
+                "it to false: the more processes, the less each holds."
             )
         if plugin.activation_checkpointing:
             raise ValueError(
-                "fsdp_activation_checkpointing=true renames the layers that an adapter is saved by. Set it to false, and "
-                "activation_checkpointing: true in the run's own settings."
-            )
-    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
-        stage = state.deepspeed_plugin.zero_stage
-        if stage not in (1, 2):
-            raise ValueError(
-                f"zero_stage={stage}: expected 1 or 2. ZeRO-3 takes a model apart as its layers run, and the velocity is a "
-                "call of the whole pipeline; for weights that one GPU cannot hold use FSDP2 (--accelerate_config fsdp2), and "
-                "for neither weights nor optimizer in parts --multi_gpu."
+                "fsdp_activation_checkpointing=true changes the names of layers, which an adapter is saved by. Set it to "
+                "false, and activation_checkpointing: true among the run's settings."
             )
     else:
         return
-    if state.mixed_precision == "fp16" or _deepspeed_precision(accelerator) == "fp16":
-        raise ValueError("fp16=True scales the loss, which is not supported with FSDP and DeepSpeed. Use bf16=True.")
+    if precision == "fp16":
+        raise ValueError("fp16=True scales the loss, which FSDP2 and DeepSpeed cannot do here. Use bf16=True.")
 
 
-def _deepspeed_precision(accelerator: Accelerator) -> str:
-    config = getattr(getattr(accelerator.state, "deepspeed_plugin", None), "deepspeed_config", {})
-    return next((name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled") in (True, "auto")), "no")
+def _deepspeed_precision(config: dict, default: str) -> str:
+    """What a DeepSpeed configuration says of mixed precision, where it says anything."""
+    enabled = {name: config.get(name, {}).get("enabled", False) for name in ("fp16", "bf16")}
+    return next((name for name, value in enabled.items() if value is True), default)
 
 
 def shard_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -111,9 +117,8 @@ class ShardingMixin:
         """Settles what the launcher's configuration leaves open, or would do to the policy's precision."""
         if not self.is_sharded:
             return
-        check_sharding(self.accelerator)
         self.policy.most_calls = self._most
-        precision = self.accelerator.state.mixed_precision
+        precision = self.args.mixed_precision
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             # All processes have loaded the weights; accelerate's way to send them fails for models with buffers.
@@ -121,8 +126,8 @@ class ShardingMixin:
             # Latents and velocities are float32, and weights keep their dtype, as on one process.
             plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         else:
-            precision = _deepspeed_precision(self.accelerator)
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            precision = _deepspeed_precision(config, precision)
             # It would cast an adapter to half precision together with the frozen weights.
             config.pop("fp16", None)
             config.pop("bf16", None)

@@ -1,0 +1,240 @@
+# Copyright 2026 The trl-flow authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Weights and optimizers in parts, by FSDP2 and DeepSpeed: the updates, files and refusals of whole ones."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import DeepSpeedPlugin
+from peft import LoraConfig, PeftModel
+from pipelines import prompts, tiny_sd3
+from safetensors.torch import load_file
+from tiny import tiny_pipeline
+
+from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
+from trl_flow.policy import FlowPolicy
+from trl_flow.trainer.transitions import transition_chunks
+
+
+SCRIPT = Path(__file__).with_name("sharded_run.py")
+
+
+# ---- Equally many evaluations on all processes ----
+
+
+def a_micro_batch() -> dict:
+    """Two prompts, two steps: four samples from a parent each at step 0, and from one shared parent at step 2."""
+    advantages = torch.zeros(2, 2, 4)
+    advantages[0, 0, 1], advantages[1, 0, 3] = 1.0, -1.0
+    return {
+        "nodes": torch.randn(2, 9, 4, 2, 2),
+        "advantages": advantages,
+        "trained": torch.ones(2, 2, 4, dtype=torch.bool),
+        "steps": torch.tensor([0, 2]),
+        "parents": torch.tensor([[0, 1, 2, 3], [8, 8, 8, 8]]),
+        "children": torch.tensor([[4, 5, 6, 7], [4, 5, 6, 7]]),
+        "prompts": ["a", "b"],
+        "images": None,
+    }
+
+
+def chunks_of(inputs: dict, most=None) -> list:
+    conditioning = lambda prompts, images: prompts  # noqa: E731
+    return list(transition_chunks(inputs, torch.linspace(1, 0, 5), conditioning, 1, True, most))
+
+
+def test_a_process_with_less_repeats_transitions_of_its_own():
+    inputs, asked = a_micro_batch(), []
+
+    def most(counts):
+        asked.append(counts)
+        return [3, 2]
+
+    own, all_of_them = chunks_of(inputs), chunks_of(inputs, most)
+    assert asked == [[2, 0]]
+    assert [(chunk.step, chunk.is_repeated) for chunk in own] == [(0, False), (0, False)]
+    assert [(chunk.step, chunk.is_repeated) for chunk in all_of_them] == [
+        (0, False),
+        (0, False),
+        (0, True),
+        (2, True),
+        (2, True),
+    ]
+    for mine, same in zip(own, all_of_them, strict=False):
+        assert torch.equal(mine.latents, same.latents) and torch.equal(mine.next_latents, same.next_latents)
+    for chunk, parent in ((all_of_them[2], 0), (all_of_them[3], 8)):
+        assert torch.equal(chunk.latents, inputs["nodes"][:1, parent])
+        assert torch.equal(chunk.next_latents, inputs["nodes"][:1, 4])
+        assert [index.tolist() for index in chunk.members] == [[0], [0 if chunk.step == 0 else 1], [0]]
+
+
+def test_calls_that_others_make_change_neither_velocity_nor_gradient():
+    policy = FlowPolicy(tiny_sd3(), LoraConfig(r=2, target_modules=["to_q"]), guidance_scale=1.0)
+    torch.manual_seed(0)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape)
+    latents, conditioning = torch.randn(2, *policy.latent_shape), policy.conditioning(["red", "blue"])
+
+    def evaluated():
+        policy.zero_grad()
+        calls = []
+        handle = policy.pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+        velocity = policy(latents, 0.5, conditioning)
+        velocity.square().sum().backward()
+        handle.remove()
+        return velocity, [p.grad.clone() for p in policy.parameters() if p.requires_grad], len(calls)
+
+    velocity, gradients, count = evaluated()
+    asked = []
+    policy.most_calls = lambda counts: asked.append(counts) or [counts[0] + 2]
+    more, same_gradients, more_calls = evaluated()
+    assert (count, more_calls, asked) == (1, 3, [[1]])
+    assert torch.equal(more, velocity) and more.grad_fn is not None
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same_gradients, strict=True))
+
+
+# ---- Which layers are sharded one by one ----
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("StableDiffusion3Pipeline", ["JointTransformerBlock"]),
+        ("FluxPipeline", ["FluxTransformerBlock", "FluxSingleTransformerBlock"]),
+        ("WanPipeline/2.2", ["WanTransformerBlock"]),  # of both denoisers
+        ("LTXPipeline", ["LTXVideoTransformerBlock"]),  # diffusers names none: those that it compiles one by one
+        # Of four names one class is not there.
+        ("StableDiffusionPipeline", ["BasicTransformerBlock", "ResnetBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]),
+    ],
+)
+def test_layers(name, expected):
+    policy = FlowPolicy(tiny_pipeline(name), LoraConfig(r=1, target_modules=["to_q"]))
+    assert policy._no_split_modules == expected
+
+
+# ---- What is refused ----
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version=1"),
+        ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params=true"),
+        ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "activation_checkpointing: true among"),
+        ({**FSDP2, "ACCELERATE_MIXED_PRECISION": "fp16"}, "Use bf16=True"),
+    ],
+)
+def test_refused_before_the_model_is_loaded(environment, message, monkeypatch, tmp_path):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = FlowGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=message):
+        FlowGRPOTrainer("nobody/nothing", lambda **_: [], config, prompts(8))
+
+
+needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [0, 3])
+def test_other_stages_are_refused(stage, tmp_path):
+    config = FlowGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    config.deepspeed_plugin = DeepSpeedPlugin(zero_stage=stage)
+    with pytest.raises(ValueError, match=f"zero_stage={stage}: expected 1 or 2"):
+        FlowGRPOTrainer("nobody/nothing", lambda **_: [], config, prompts(8))
+
+
+# ---- Two processes ----
+
+CASES = {
+    "fsdp2": "FlowGRPO several clipped G2RPO DiffusionNFT AWM checkpointing complete kept resumed".split(),
+    "zero1": "FlowGRPO clipped".split(),
+    "zero2": "FlowGRPO several clipped complete kept resumed".split(),
+}
+
+
+def train(folder: Path, kind: str, cases: list[str], processes: int, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1", **environment}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*(launch if processes > 1 else [sys.executable]), str(SCRIPT), str(folder), kind, *cases]
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """What one process learns, with nothing in parts."""
+    folder = tmp_path_factory.mktemp("sharding")
+    train(folder, "plain", CASES["fsdp2"], 1)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "kind", ["fsdp2", *(pytest.param(kind, marks=needs_deepspeed) for kind in ("zero1", "zero2"))]
+)
+def test_parts_learn_what_the_whole_learns(plain, kind):
+    train(plain, kind, CASES[kind], 2)
+    for case in CASES[kind]:
+        files = [
+            path.relative_to(plain / "plain" / case)
+            for path in (plain / "plain" / case).rglob("*.safetensors")
+            if not path.parent.name.startswith("checkpoint-")
+        ]
+        assert files
+        for file in files:
+            one, parts = (load_file(plain / name / case / file) for name in ("plain", kind))
+            assert one.keys() == parts.keys()
+            for key in one:
+                # DiffusionNFT divides by the distance from the policy that sampled.
+                tolerance = {"rtol": 0, "atol": 2e-5 if case == "DiffusionNFT" else 2e-6}
+                torch.testing.assert_close(
+                    parts[key], one[key], **tolerance, msg=lambda m, k=key, c=case: f"{c}, {k}: {m}"
+                )
+        noted, expected = (torch.load(plain / name / case / "noted.pt") for name in (kind, "plain"))
+        assert noted["scores"] == pytest.approx(expected["scores"], abs=1e-4)
+        # Two processes divide an update's prompts otherwise among its micro-steps.
+        if kind == "fsdp2" and case not in ("FlowGRPO", "several"):
+            assert noted["shares"] == pytest.approx(expected["shares"], abs=2e-3)
+
+    if "complete" in CASES[kind]:
+        weights = load_file(plain / kind / "complete" / "transformer" / "diffusion_pytorch_model.safetensors")
+        assert weights.keys() == tiny_sd3().transformer.state_dict().keys()
+    if "resumed" in CASES[kind]:
+        files = [plain / kind / case / "adapter_model.safetensors" for case in ("kept", "resumed")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        pipeline = tiny_sd3()
+        pipeline.load_lora_weights(str(files[0].parent))
+        by_peft = PeftModel.from_pretrained(tiny_sd3().transformer, files[0].parent)
+        key = "transformer_blocks.0.attn.to_q.lora_A"
+        loaded, again = pipeline.transformer.get_submodule(key), by_peft.base_model.model.get_submodule(key)
+        assert torch.equal(loaded["default_0"].weight, again["default"].weight)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
+def test_an_adapter_stays_float32_beside_bfloat16_weights(tmp_path, kind):
+    train(tmp_path, kind, ["half"], 2, PRECISION="bf16")
+    weights = load_file(tmp_path / kind / "half" / "adapter_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
