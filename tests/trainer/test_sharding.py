@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ from tiny import tiny_pipeline
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
 from trl_flow.policy import FlowPolicy
-from trl_flow.trainer.transitions import transition_chunks
+from trl_flow.trainer.sharding import ShardingMixin
+from trl_flow.trainer.transitions import trained_steps, transition_chunk
 
 
 SCRIPT = Path(__file__).with_name("sharded_run.py")
@@ -39,24 +41,27 @@ SCRIPT = Path(__file__).with_name("sharded_run.py")
 
 
 def a_micro_batch() -> dict:
-    """Two prompts, two steps: four samples from a parent each at step 0, and from one shared parent at step 2."""
-    advantages = torch.zeros(2, 2, 4)
+    """Two prompts, three steps: four samples from a parent each at step 0, and from one shared parent at steps 2 and 3."""
+    advantages = torch.zeros(2, 3, 4)
     advantages[0, 0, 1], advantages[1, 0, 3] = 1.0, -1.0
     return {
         "nodes": torch.randn(2, 9, 4, 2, 2),
         "advantages": advantages,
-        "trained": torch.ones(2, 2, 4, dtype=torch.bool),
-        "steps": torch.tensor([0, 2]),
-        "parents": torch.tensor([[0, 1, 2, 3], [8, 8, 8, 8]]),
-        "children": torch.tensor([[4, 5, 6, 7], [4, 5, 6, 7]]),
+        "trained": torch.ones(2, 3, 4, dtype=torch.bool),
+        "steps": torch.tensor([0, 2, 3]),
+        "parents": torch.tensor([[0, 1, 2, 3], [8, 8, 8, 8], [8, 8, 8, 8]]),
+        "children": torch.tensor([[4, 5, 6, 7]] * 3),
         "prompts": ["a", "b"],
         "images": None,
     }
 
 
 def chunks_of(inputs: dict, most=None) -> list:
-    conditioning = lambda prompts, images: prompts  # noqa: E731
-    return list(transition_chunks(inputs, torch.linspace(1, 0, 5), conditioning, 1, True, most))
+    steps = trained_steps(inputs, torch.linspace(1, 0, 5), lambda prompts, images: prompts, True, most is not None)
+    if most is not None:
+        trainer = SimpleNamespace(batch_sizes={"training": SimpleNamespace(rows=1)}, _most=most)
+        steps = ShardingMixin._with_repeats(trainer, steps)
+    return [transition_chunk(inputs, at, part) for at in steps for part in at.parts(1)]
 
 
 def test_a_process_with_less_repeats_transitions_of_its_own():
@@ -64,10 +69,10 @@ def test_a_process_with_less_repeats_transitions_of_its_own():
 
     def most(counts):
         asked.append(counts)
-        return [3, 2]
+        return [3, 2, 0]
 
     own, all_of_them = chunks_of(inputs), chunks_of(inputs, most)
-    assert asked == [[2, 0]]
+    assert asked == [[2, 0, 0]]
     assert [(chunk.step, chunk.is_repeated) for chunk in own] == [(0, False), (0, False)]
     assert [(chunk.step, chunk.is_repeated) for chunk in all_of_them] == [
         (0, False),

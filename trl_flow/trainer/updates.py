@@ -277,7 +277,11 @@ def _average(parameters: list[nn.Parameter]):
 def _distance(now: list[torch.Tensor | None], then: list[torch.Tensor | None]) -> torch.Tensor:
     """Norm of the difference of two gradients; none at all is 0."""
     pairs = [(shard_of(a), b) for a, b in zip(now, then, strict=True) if a is not None]
-    return torch.stack([(a if b is None else a - shard_of(b)).norm() for a, b in pairs]).norm() if pairs else torch.zeros(())
+    return (
+        torch.stack([(a if b is None else a - shard_of(b)).norm() for a, b in pairs]).norm()
+        if pairs
+        else torch.zeros(())
+    )
 
 
 def _note(noted: dict | None, shape: torch.Size, members: tuple, statistics: dict) -> dict[str, torch.Tensor]:
