@@ -27,7 +27,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import _filter_args, prepare_multi_gpu_env
+from accelerate.utils.launch import _filter_args, prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch.distributed.run import config_from_args
 from torch.distributed.run import get_args_parser as torchrun_parser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -91,8 +91,11 @@ def launched(words, monkeypatch) -> dict:
     monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
     words = resolve_accelerate_config_argument(words)
     args, *_ = _validate_launch_command(launch_command_parser().parse_args([*words, "train.py"]))
-    assert args.multi_gpu
-    prepare_multi_gpu_env(args)  # sets those of torch's launcher
+    assert args.multi_gpu or args.use_fsdp or args.use_deepspeed
+    if args.use_deepspeed:
+        prepare_deepspeed_cmd_env(args)
+    else:
+        prepare_multi_gpu_env(args)  # sets those of torch's launcher
     words = ["--training_script", args.training_script, "--training_script_args", args.training_script_args]
     return of_torch(_filter_args(args, torchrun_parser(), words))
 
@@ -112,8 +115,9 @@ def test_accelerate_knows_every_key(path):
     assert isinstance(config, ClusterConfig)
     given = yaml.safe_load(path.read_text())
     assert given.keys() <= config.to_dict().keys()
-    assert config.distributed_type == "MULTI_GPU" and config.mixed_precision == "no"
-    assert config.num_machines == {"one_node": 1, "several_nodes": 2}[path.stem]
+    kinds = {"fsdp2": "FSDP", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED"}
+    assert config.distributed_type == kinds.get(path.stem, "MULTI_GPU") and config.mixed_precision == "no"
+    assert config.num_machines == (2 if path.stem == "several_nodes" else 1)
     assert config.num_processes == 8 * config.num_machines
 
 

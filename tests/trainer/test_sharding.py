@@ -17,24 +17,29 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from peft import LoraConfig, PeftModel
 from pipelines import prompts, tiny_sd3
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
 from trl_flow.policy import FlowPolicy
-from trl_flow.trainer.sharding import ShardingMixin
+from trl_flow.trainer.sharding import ShardingMixin, check_sharded_policy, check_sharding
 from trl_flow.trainer.transitions import trained_steps, transition_chunk
 
 
 SCRIPT = Path(__file__).with_name("sharded_run.py")
+EXAMPLES = Path(__file__).parents[2] / "examples" / "scaling" / "accelerate"
 
 
 # ---- Equally many evaluations on all processes ----
@@ -166,6 +171,60 @@ def test_other_stages_are_refused(stage, tmp_path):
     config.deepspeed_plugin = DeepSpeedPlugin(zero_stage=stage)
     with pytest.raises(ValueError, match=f"zero_stage={stage}: expected 1 or 2"):
         FlowGRPOTrainer("nobody/nothing", lambda **_: [], config, prompts(8))
+
+
+def environment_of(config: str) -> dict[str, str]:
+    """What `accelerate launch` tells the processes, of a configuration file or one of TRL's names."""
+    words = resolve_accelerate_config_argument(["--accelerate_config", config])
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args([*words, "train.py"]))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        return prepare_deepspeed_cmd_env(args)[1]
+    return prepare_multi_gpu_env(args)
+
+
+@pytest.mark.parametrize("config", ["fsdp2", "fsdp1", *sorted(str(path) for path in EXAMPLES.glob("fsdp*.yaml"))])
+def test_fsdp_configurations(config, monkeypatch, tmp_path):
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
+    for name, value in environment_of(config).items():
+        if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP")):
+            monkeypatch.setenv(name, value)
+    args = FlowGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="fsdp_version=1") if config == "fsdp1" else nullcontext():
+        check_sharding(args)
+    if config != "fsdp1":
+        plugin = FullyShardedDataParallelPlugin()
+        plugin.set_auto_wrap_policy(FlowPolicy(tiny_sd3(), LoraConfig(r=1, target_modules=["to_q"])))
+        assert plugin.transformer_cls_names_to_wrap == ["JointTransformerBlock"]
+        assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    "config", ["zero1", "zero2", "zero3", *sorted(str(path) for path in EXAMPLES.glob("zero*.yaml"))]
+)
+def test_deepspeed_configurations(config, monkeypatch, tmp_path):
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
+    for name, value in environment_of(config).items():
+        if name.startswith(("ACCELERATE_DEEPSPEED", "ACCELERATE_USE_DEEPSPEED")):
+            monkeypatch.setenv(name, value)
+    args = FlowGRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    assert str(args.deepspeed_plugin.zero_stage) in Path(config).stem
+    with pytest.raises(ValueError, match="zero_stage=3") if config == "zero3" else nullcontext():
+        check_sharding(args)
+
+
+def test_policies_that_cannot_be_sharded():
+    adapter = LoraConfig(r=1, target_modules=["to_q"])
+    policy = FlowPolicy(tiny_pipeline("WanPipeline/2.2"), {"transformer": adapter})
+    check_sharded_policy(policy, is_deepspeed=False)
+    with pytest.raises(ValueError, match="Only transformer of transformer, transformer_2 has an adapter"):
+        check_sharded_policy(policy, is_deepspeed=True)
+    policy = FlowPolicy(tiny_sd3(), adapter)
+    policy.pipeline.transformer.hf_quantizer = object()  # as diffusers leaves it behind
+    check_sharded_policy(policy, is_deepspeed=True)
+    with pytest.raises(ValueError, match="quantization: FSDP2"):
+        check_sharded_policy(policy, is_deepspeed=False)
 
 
 # ---- Two processes ----

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
+from ..policy import FlowPolicy
 from .transitions import TrainedStep
 
 
@@ -79,6 +80,29 @@ def _deepspeed_precision(config: dict, default: str) -> str:
     return next((name for name, value in enabled.items() if value is True), default)
 
 
+def check_sharded_policy(policy: FlowPolicy, is_deepspeed: bool):
+    """
+    Refuses policies that do not fit FSDP2, or DeepSpeed.
+
+    Raises:
+        ValueError: For quantised denoisers with FSDP2, and where DeepSpeed has two denoisers of which one is trained.
+    """
+    all_of_them = [name for name in policy.family.components if getattr(policy.pipeline, name, None) is not None]
+    quantized = [
+        name for name in policy.components if getattr(getattr(policy.pipeline, name), "hf_quantizer", None) is not None
+    ]
+    if is_deepspeed and len(policy.components) < len(all_of_them):
+        raise ValueError(
+            f"Only {', '.join(policy.components)} of {', '.join(all_of_them)} has an adapter: DeepSpeed makes an update in a "
+            "backward pass, and that of the last step may have none. Give the other one an adapter too, or use --multi_gpu."
+        )
+    if quantized and not is_deepspeed:
+        raise ValueError(
+            f"quantization: FSDP2 would cut the quantised weights of {', '.join(quantized)} to pieces that their kernels do "
+            "not know. Drop one of the two: --multi_gpu with quantization, or fsdp2 with dtype bfloat16."
+        )
+
+
 def shard_of(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor, in the same memory; the tensor itself where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -117,6 +141,7 @@ class ShardingMixin:
         """Settles what the launcher's configuration leaves open, or would do to the policy's precision."""
         if not self.is_sharded:
             return
+        check_sharded_policy(self.policy, self.is_deepspeed_enabled)
         self.policy.most_calls = self._most
         precision = self.args.mixed_precision
         if self.is_fsdp_enabled:
