@@ -90,9 +90,10 @@ def launched(words, monkeypatch) -> dict:
     """What torch's launcher makes of what accelerate makes of its words on this node."""
     monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
     words = resolve_accelerate_config_argument(words)
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args([*words, "train.py"]))
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args([*words, "train.py"]))
     assert args.multi_gpu or args.use_fsdp or args.use_deepspeed
     if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
         prepare_deepspeed_cmd_env(args)
     else:
         prepare_multi_gpu_env(args)  # sets those of torch's launcher
