@@ -14,6 +14,7 @@
 
 """Settings that save memory: what they change, which is nothing or rounding, and what they refuse."""
 
+import itertools
 import math
 
 import pytest
@@ -325,3 +326,41 @@ def test_the_package_of_an_optimizer_is_missed_before_work(make_trainer, monkeyp
 def test_optimizers_that_step_in_the_backward_pass(make_trainer, optim):
     with pytest.raises(ValueError, match=f"optim='{optim}' moves weights within a backward pass"):
         make_trainer(model="no/such-pipeline", optim=optim, optim_target_modules="all-linear")
+
+
+# ---- Memory, as torch's allocator counts it ----
+
+
+def peak_bytes(call) -> int:
+    """The most memory that a call has at once, on top of what there was before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+def test_what_takes_less_memory():
+    """Of a tiny FLUX.1, at 32 x 32 pixels: training to 64 %, decoding of four pictures to 73 %, in tiles to 29 %."""
+    adapter = LoraConfig(r=2, target_modules=None)
+    policy = FlowPolicy(flux(torch.float32), adapter, guidance_scale=3.5, height=32, width=32)
+    latents, conditioning = torch.randn(4, *policy.latent_shape), policy.conditioning(["red"] * 4)
+
+    def train():
+        policy(latents, 0.5, conditioning).square().mean().backward()
+
+    def decode():
+        policy.decode(latents, conditioning=conditioning)
+
+    train()  # what is allocated once
+    usual = peak_bytes(train)
+    policy.gradient_checkpointing_enable()
+    assert peak_bytes(train) < 0.75 * usual
+
+    decode()
+    whole, vae = peak_bytes(decode), policy.pipeline.vae
+    policy.divide_decoding(slicing=True, tiling=False)
+    assert peak_bytes(decode) < 0.85 * whole
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 16, 8
+    policy.divide_decoding(slicing=False, tiling=True)
+    assert peak_bytes(decode) < 0.4 * whole
