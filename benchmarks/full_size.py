@@ -16,7 +16,7 @@
 
     python benchmarks/full_size.py --model sd3.5-medium --method dense-grpo --gradient_checkpointing
     python benchmarks/full_size.py --model all --method all --gradient_checkpointing --compile
-    python benchmarks/full_size.py --model all --method all --dtype float32 --tiny --output tiny.json
+    python benchmarks/full_size.py --model all --method all --dtype float32 --tiny --output tiny
 
 Denoiser, VAE and text encoders have the sizes of the checkpoint (`--small_text_encoders` keeps their width and one layer of
 each); only the tokenizers are small ones, padded to the same number of tokens. The weights are drawn on the device. Each
@@ -24,27 +24,24 @@ run trains updates of one prompt with the trainer's own loop and a reward that c
 update pays for compilation and the choice of kernels, and for encoding the prompt's layout: what is reported is the last.
 
 Phases are the trainer's `time/*`: rollout, decode, reward, train. `images` counts everything that was decoded, also the ends
-of tails. What did not fit is recorded as that.
+of tails; samples are the chains or branches of a group, and samples/s is taken of the whole update. The share of the matmul rate
+is the denoiser's floating-point operations, counted by torch for one row of each kind that is really computed (what activation
+checkpointing repeats is not counted, and takes its time all the same), over the time of sampling and training, in parts of the
+rate that products of large matrices reach here. What did not fit is recorded as that.
 """
 
 import argparse
 import gc
-import json
-import os
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import accelerate
 import diffusers
+import measuring
 import numpy as np
-import peft
 import torch
-import transformers
-import trl
 from accelerate import init_empty_weights
 from datasets import Dataset
 from diffusers import (
@@ -71,8 +68,16 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-import trl_flow
-from trl_flow import DenseGRPOConfig, DenseGRPOTrainer, G2RPOConfig, G2RPOTrainer
+from trl_flow import (
+    DenseGRPOConfig,
+    DenseGRPOTrainer,
+    FlowGRPOConfig,
+    FlowGRPOFastConfig,
+    FlowGRPOFastTrainer,
+    FlowGRPOTrainer,
+    G2RPOConfig,
+    G2RPOTrainer,
+)
 
 
 # The tokenizers, with a vocabulary of a few words, are those of the tests.
@@ -82,7 +87,20 @@ from pipelines import tiny_tokenizer  # noqa: E402
 from tiny.text import t5_tokenizer  # noqa: E402
 
 
-METHODS = {"dense-grpo": (DenseGRPOTrainer, DenseGRPOConfig), "g2rpo": (G2RPOTrainer, G2RPOConfig)}
+METHODS = {
+    "flow-grpo": (FlowGRPOTrainer, FlowGRPOConfig, {}),
+    # A window of two steps, which are all that is trained.
+    "flow-grpo-fast": (FlowGRPOFastTrainer, FlowGRPOFastConfig, {"sde_window_size": 2}),
+    "dense-grpo": (DenseGRPOTrainer, DenseGRPOConfig, {}),
+    "g2rpo": (G2RPOTrainer, G2RPOConfig, {}),
+}
+# Where a method's paper wants other settings of a model.
+OF_METHODS = {("sd3.5-medium", "flow-grpo-fast"): {"guidance_scale": 1.0}}
+# Public figures of others, to stand beside ours. The rollouts of both are a serving engine's.
+REFERENCES = [
+    {"model": "SD3.5 Medium", "method": "window of 2", "gpu": "H200", "images_per_second": 1.08},
+    {"model": "Qwen-Image, without guidance", "method": "window of 2", "gpu": "H200", "images_per_second": 0.51},
+]
 PROMPTS = ["a red circle", "two green square", "three blue circle", "a blue cat"]
 PHASES = ("rollout", "decode", "reward", "train")
 
@@ -334,20 +352,27 @@ def settings(name: str, options: argparse.Namespace) -> dict:
     return chosen | {k: getattr(options, k) for k in given if getattr(options, k, None) is not None}
 
 
-def compile_blocks(denoiser: nn.Module):
-    """diffusers' regional compilation, and the same where a model does not say what its blocks are."""
-    # One graph each for blocks of different kinds, numbers of rows, sampling and training; 8 would be refused at.
-    torch._dynamo.config.recompile_limit = 64
-    if getattr(denoiser, "_repeated_blocks", None):
-        denoiser.compile_repeated_blocks(fullgraph=True)
-    else:
-        for block in denoiser.transformer_blocks:
-            block.compile(fullgraph=True)
-
-
 def parameters(pipeline: DiffusionPipeline) -> dict[str, int]:
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     return {name: sum(p.numel() for p in part.parameters()) for name, part in modules.items()}
+
+
+def row_operations(trainer) -> dict[str, int]:
+    """Floating-point operations of an evaluation and of a trained row, with guidance, by doing one of each."""
+    policy = trainer.policy
+    conditioning = policy.conditioning(PROMPTS[:1])
+    latents = torch.zeros(1, *policy.latent_shape, device=policy.device)
+    sigma = trainer.sigmas[1].item()
+
+    def velocity():
+        with trainer.accelerator.autocast():
+            return policy(latents, sigma, conditioning)
+
+    with torch.no_grad():
+        evaluation = measuring.operations(velocity)
+    trained = measuring.operations(lambda: velocity().mean().backward())
+    policy.zero_grad()
+    return {"evaluation": evaluation, "trained": trained}
 
 
 def train(name: str, method: str, options: argparse.Namespace) -> dict:
@@ -357,14 +382,15 @@ def train(name: str, method: str, options: argparse.Namespace) -> dict:
     torch.manual_seed(0)
     pipeline = MODELS[name](options)
     pipeline.set_progress_bar_config(disable=True)
-    record = {"model": name, "method": method, "settings": settings(name, options)}
+    trainer_class, config_class, of_method = METHODS[method]
+    record = {"model": name, "method": method, "settings": settings(name, options) | of_method}
+    record["settings"] |= OF_METHODS.get((name, method), {})
     record["parameters"] = parameters(pipeline)
     if on_gpu:
         torch.cuda.synchronize()
         record["weights_gib"] = torch.cuda.memory_allocated() / 2**30
         torch.cuda.reset_peak_memory_stats()
     record["seconds_to_build"] = time.perf_counter() - began
-    trainer_class, config_class = METHODS[method]
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = trainer_class(
             pipeline,
@@ -385,9 +411,9 @@ def train(name: str, method: str, options: argparse.Namespace) -> dict:
             train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         )
         record["trained_parameters"] = sum(p.numel() for p in trainer.policy.parameters() if p.requires_grad)
+        record["operations_per_row"] = row_operations(trainer)
         if options.compile:
-            for component in trainer.policy.components:
-                compile_blocks(getattr(pipeline, component))
+            trainer.policy.compile(fullgraph=True)
         trainer.train()
     updates = [entry for entry in trainer.state.log_history if "time/rollout" in entry]
     record["updates"] = [
@@ -402,41 +428,80 @@ def train(name: str, method: str, options: argparse.Namespace) -> dict:
     last = record["updates"][-1]
     record["seconds_per_update"] = sum(last["seconds"].values())
     record["images_per_second"] = last["images"] / sum(last["seconds"][phase] for phase in PHASES[:3])
+    record["samples_per_second"] = record["settings"]["num_generations"] / record["seconds_per_update"]
+    per_row = record["operations_per_row"]
+    sampled = last["evaluations"] - last["rows_trained"]
+    record["operations"] = sampled * per_row["evaluation"] + last["rows_trained"] * per_row["trained"]
+    busy = last["seconds"]["rollout"] + last["seconds"]["train"]
+    record["share_of_matmul_rate"] = record["operations"] / busy / options.matmul_rate
     record["evaluations_per_second"] = last["evaluations"] / (last["seconds"]["rollout"] + last["seconds"]["train"])
     if on_gpu:
         record["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return record
 
 
-def table(records: list[dict]) -> str:
-    columns = ("model", "method", *PHASES, "update", "evaluations", "images", "images/s", "weights GiB", "peak GiB")
-    rows = [columns]
-    for record in records:
-        row = [record["model"], record["method"]]
-        if "error" in record:
-            rows.append((*row, record["error"]))
-            continue
-        last = record["updates"][-1]
-        seconds = [last["seconds"][phase] for phase in PHASES] + [record["seconds_per_update"]]
-        memory = [f"{record[key]:.1f}" if key in record else "-" for key in ("weights_gib", "peak_gib")]
-        row += [f"{value:.2f}" for value in seconds]
-        row += [str(last["evaluations"]), str(last["images"]), f"{record['images_per_second']:.2f}", *memory]
-        rows.append(tuple(row))
-    full = [row for row in rows if len(row) == len(columns)]
-    widths = [max(len(row[i]) for row in full) for i in range(len(columns))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows)
+COLUMNS = (
+    "model",
+    "method",
+    *PHASES,
+    "update",
+    "evaluations",
+    "images",
+    "images/s",
+    "samples/s",
+    "matmul share",
+    "weights GiB",
+    "peak GiB",
+)
 
 
-def machine(options: argparse.Namespace) -> dict:
-    libraries = (torch, diffusers, transformers, peft, accelerate, trl, trl_flow)
-    return {
-        "hardware": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-        **{library.__name__: library.__version__ for library in libraries},
-    }
+def cells(record: dict) -> list[str]:
+    names = [record["model"], record["method"]]
+    if "error" in record:
+        return [*names, record["error"], *[""] * (len(COLUMNS) - 3)]
+    last = record["updates"][-1]
+    seconds = [*(last["seconds"][phase] for phase in PHASES), record["seconds_per_update"]]
+    rates = [record["images_per_second"], record["samples_per_second"]]
+    return [
+        *names,
+        *(f"{value:.2f}" for value in seconds),
+        str(last["evaluations"]),
+        str(last["images"]),
+        *(f"{value:.2f}" for value in rates),
+        f"{record['share_of_matmul_rate']:.0%}",
+        *(f"{record[key]:.1f}" if key in record else "-" for key in ("weights_gib", "peak_gib")),
+    ]
+
+
+def table(records: list[dict], facts: dict) -> str:
+    text = measuring.markdown(list(COLUMNS), [cells(record) for record in records])
+    text += f"\nProducts of large matrices reach {facts['matmul_rate'] / 1e12:.2f} TFLOP/s here in {facts['dtype']}. "
+    text += f"{measuring.origin(facts)}\n\nPublic figures of others, with rollouts by a serving engine:\n\n"
+    rows = [[other["model"], other["method"], other["gpu"], other["images_per_second"]] for other in REFERENCES]
+    return text + measuring.markdown(["model", "method", "GPU", "images per GPU and second"], rows)
+
+
+def draw(records: list[dict]):
+    done = [record for record in records if "error" not in record]
+    figure = measuring.new_figure(10, 1.8 + 0.4 * len(done))
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [f"{record['model']}, {record['method']}" for record in done]
+    start = [0.0] * len(done)
+    for phase, color in zip(PHASES, measuring.COLORS, strict=False):
+        widths = [record["updates"][-1]["seconds"][phase] / record["seconds_per_update"] for record in done]
+        left.barh(names, widths, left=start, color=color, label=phase, height=0.6)
+        start = [a + b for a, b in zip(start, widths, strict=True)]
+    left.set(title="where an update's time goes", xlim=(0, 1))
+    shares = [record["share_of_matmul_rate"] for record in done]
+    bars = right.barh(names, shares, color=measuring.COLORS[0], height=0.6)
+    right.bar_label(bars, [f"{share:.0%}" for share in shares], padding=3)
+    right.set(title="share of the matmul rate", xlim=(0, 1))
+    for plot in (left, right):
+        plot.spines[["top", "right"]].set_visible(False)
+    if done:
+        left.invert_yaxis()
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(PHASES), frameon=False)
+    return figure
 
 
 def main(arguments: list[str] | None = None):
@@ -451,7 +516,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--max_steps", type=int, default=2, help="updates, of which the last one is reported")
     for name in (*TINY_SETTINGS, "num_frames", "rollout_batch_size", "transition_batch_size"):
         parser.add_argument(f"--{name}", type=int, help="default: that of the model's published configuration")
-    parser.add_argument("--output", default="benchmarks/results/full_size.json")
+    parser.add_argument("--output", type=Path, default=measuring.RESULTS / "full_size")
     options = parser.parse_args(arguments)
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.torch_dtype = getattr(torch, options.dtype)
@@ -461,9 +526,15 @@ def main(arguments: list[str] | None = None):
     names = list(MODELS) if "all" in options.model else options.model
     methods = list(METHODS) if "all" in options.method else options.method
     flags = ("dtype", "gradient_checkpointing", "compile", "small_text_encoders", "tiny")
-    result = {**machine(options), **{flag: getattr(options, flag) for flag in flags}, "runs": []}
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    size = 8192 if options.device == "cuda" else 512
+    options.matmul_rate = measuring.matmul_rate(torch.device(options.device), options.torch_dtype, size)
+    facts = {
+        **measuring.machine(),
+        **{flag: getattr(options, flag) for flag in flags},
+        "matmul_rate": options.matmul_rate,
+        "references": REFERENCES,
+    }
+    records = []
     for name in names:
         for method in methods:
             try:
@@ -474,11 +545,9 @@ def main(arguments: list[str] | None = None):
             gc.collect()
             if options.device == "cuda":
                 torch.cuda.empty_cache()
-            result["runs"].append(record)
+            records.append(record)
             # After each run: a later one may take the process with it.
-            output.write_text(json.dumps(result, indent=2) + "\n")
-            print(table([record]), flush=True)
-    print(f"\n{table(result['runs'])}\n\n{output}")
+            measuring.write(options.output, {**facts, "runs": records}, table(records, facts), draw(records))
 
 
 if __name__ == "__main__":

@@ -93,6 +93,8 @@ def test_random_weights(full_size):
         # A trunk of 2 steps, and 3 branches at each. Tails of strides 1, 2 and 3 share what they can: 3 and then 2 evaluations
         # and pictures a branch. Siblings are trained by one evaluation of their parent.
         ("sd3.5-medium", "g2rpo", 2 + 3 * (3 + 2) + 2, 3 * (3 + 2)),
+        # 3 chains of 4 steps, of which the first two are the window.
+        ("flux.1-dev", "flow-grpo-fast", 3 * 4 + 3 * 2, 3),
     ],
 )
 def test_tiny_run(name, method, evaluations, images, full_size, tmp_path, capsys):
@@ -108,8 +110,17 @@ def test_tiny_run(name, method, evaluations, images, full_size, tmp_path, capsys
     for update in run["updates"]:
         assert update["evaluations"] == evaluations and update["images"] == images and update["rows_trained"] > 0
         assert all(update["seconds"][phase] >= 0 for phase in ("rollout", "decode", "reward", "train"))
-    assert result["torch"] == torch.__version__ and result["gradient_checkpointing"] is True
+    assert result["versions"]["torch"] == torch.__version__ and result["gradient_checkpointing"] is True
     assert run["trained_parameters"] > 0
+    per_row, last = run["operations_per_row"], run["updates"][-1]
+    # Nearly as much again backwards: the frozen weights have no gradient, the adapter has.
+    assert 1.5 < per_row["trained"] / per_row["evaluation"] < 3
+    sampled = last["evaluations"] - last["rows_trained"]
+    operations = sampled * per_row["evaluation"] + last["rows_trained"] * per_row["trained"]
+    busy = last["seconds"]["rollout"] + last["seconds"]["train"]
+    assert run["share_of_matmul_rate"] == pytest.approx(operations / busy / result["matmul_rate"])
+    assert run["samples_per_second"] == pytest.approx(3 / sum(last["seconds"].values()))
+    assert "Qwen-Image" in output.with_suffix(".md").read_text() and output.with_suffix(".png").stat().st_size > 1000
     assert name in capsys.readouterr().out
 
 
@@ -121,7 +132,7 @@ def test_what_does_not_fit_is_recorded(full_size, tmp_path, monkeypatch, capsys)
     output = tmp_path / "full_size.json"
     full_size.main(["--tiny", "--model", "flux.1-dev", "--method", "all", "--output", str(output)])
     runs = json.loads(output.read_text())["runs"]
-    assert [run["method"] for run in runs] == ["dense-grpo", "g2rpo"]
+    assert [run["method"] for run in runs] == list(full_size.METHODS)
     assert all(run["error"].endswith("Tried to allocate 20.00 MiB.") for run in runs)
     assert "out of memory" in capsys.readouterr().out
 
