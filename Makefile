@@ -22,7 +22,7 @@ export OMP_NUM_THREADS
 PYTEST_ARGS ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow models docs linkcheck quality format clean
+.PHONY: help install demo test test-slow benchmarks models docs linkcheck quality format clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +49,9 @@ test: $(INSTALLED)  ## run the tests, minutes on two cores
 
 test-slow: $(INSTALLED)  ## run the slow tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
+
+benchmarks: $(INSTALLED)  ## measure the embedded model: overhead, growth, shared work, switches, in minutes
+	for name in overhead rollout growth switches; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 models: $(INSTALLED)  ## find out again which of diffusers' pipelines train, for docs/models.md
 	$(BIN)/python benchmarks/models.py
