@@ -102,25 +102,6 @@ def ratio(above: list[float], below: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
-def measured_peak(call: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that a call holds at a time, above what was there before, as torch's allocator counts them."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-        before = torch.accelerator.memory_allocated(device)
-        torch.accelerator.reset_peak_memory_stats(device)
-        call()
-        torch.accelerator.synchronize(device)
-        return torch.accelerator.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def operations(call: Callable[[], object]) -> int:
     """Floating-point operations of a call's products and convolutions, backward passes included."""
     aten = torch.ops.aten

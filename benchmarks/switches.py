@@ -40,9 +40,9 @@ from pathlib import Path
 
 import measuring
 import torch
-from measuring import measured_peak
 from reward_overlap import Waiting
 
+from trl_flow.policy.memory import measured_peak
 from trl_flow.trainer.flow_grpo_trainer import FlowGRPOTrainer
 
 

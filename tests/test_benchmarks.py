@@ -172,19 +172,6 @@ def test_switches(monkeypatch, tmp_path):
     assert all(min(result["seconds"].values()) > 0 for result in record.values())
 
 
-def test_peak(monkeypatch):
-    measuring = load("measuring", monkeypatch)
-    kept = []
-
-    def call():
-        first = torch.empty(2**20)
-        second = first + 1
-        del first, second
-        kept.append(torch.empty(2**18))
-
-    assert measuring.measured_peak(call, torch.device("cpu")) == pytest.approx(2 * 4 * 2**20, abs=1024)
-
-
 def test_operations(monkeypatch):
     """Of attention, too, which torch does not count on a CPU: two products of 8 x 8 with 16 numbers in each of 3 heads."""
     measuring = load("measuring", monkeypatch)
