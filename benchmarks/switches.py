@@ -176,7 +176,7 @@ def draw(results: dict[str, dict]):
         bars = plot.barh(names, values, color=measuring.COLORS[0], height=0.55)
         plot.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
         plot.axvline(1.0, color="black", linewidth=1)
-        plot.set(title=f"{title}, switched on, in parts of off", xlim=(0, 1.15 * max(1.0, *values)))
+        plot.set(title=f"{title}, on / off", xlim=(0, 1.15 * max(1.0, *values)))
         plot.spines[["top", "right"]].set_visible(False)
     left.invert_yaxis()
     return figure
