@@ -288,6 +288,10 @@ def test_auto(make_trainer):
     trainer, memory = run(make_trainer, "wrong", {"sampling": 4, "training": 2, "decoding": 1}, **settings)
     assert memory.failures > 3
     assert_same(trainer, expected)
+    # Where two rows do not fit, what their backward pass has added before it failed is gone.
+    trainer, memory = run(make_trainer, "one", {"training": 1, "backward": True}, **settings)
+    assert memory.failures == 1 and trainer.batch_sizes["training"].rows == 1
+    assert_same(trainer, expected)
 
 
 def test_a_checkpoint_keeps_the_sizes(make_trainer):

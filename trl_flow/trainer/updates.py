@@ -192,8 +192,10 @@ class UpdateMixin:
         """Trains n rows, the same ones again if there are fewer, and forgets their gradient."""
         before = self._gradient()
         tried = dataclasses.replace(at, rows=at.rows[torch.arange(n) % len(at.rows)])
-        self._train_step(self.model, {**inputs, "old": None}, tried, False, n)
-        self._set_gradient(before)
+        try:
+            self._train_step(self.model, {**inputs, "old": None}, tried, False, n)
+        finally:  # a backward pass that runs out of memory has added part of its gradient
+            self._set_gradient(before)
 
     def _reserved_memory(self) -> int:
         """Bytes of the optimizer's two moments and of one more copy while it steps, if it has not made them yet."""
