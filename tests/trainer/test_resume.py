@@ -23,6 +23,7 @@ from pipelines import brightness, prompts, tiny_sd3
 from safetensors.torch import load_file
 
 from trl_flow import DenseGRPOConfig, DenseGRPOTrainer, FlowGRPOTrainer, G2RPOConfig, G2RPOTrainer
+from trl_flow.trainer.transitions import place_transitions
 
 
 UPDATES = 6
@@ -93,6 +94,30 @@ def test_resume_is_bit_exact(make_trainer, trainer_class, config_class, settings
         for entry, expected in zip(resumed.state.log_history[:UPDATES], numbers, strict=True):
             for name in ("reward", "ratio/min", "ratio/max", "nfe", "grad_norm", "epoch", "step"):
                 assert entry.get(name) == expected.get(name), (k, name)
+
+
+@pytest.mark.parametrize("offload_nodes", [False, True])
+def test_a_rollout_is_loaded_to_where_it_was(make_trainer, offload_nodes):
+    """On a GPU, for which `meta` stands here, the trainer looks transitions up by indices that it reads on the CPU."""
+    trainer = make_trainer(max_steps=1, steps_per_generation=2, offload_trajectories=offload_nodes)
+    trainer.train()
+    first, second = trainer._buffered_inputs
+    assert first["old"] is None and second["old"] is not None
+    for micro_batch in (first, second):
+        placed = place_transitions(micro_batch, torch.device("meta"), offload_nodes)
+        assert placed.keys() == micro_batch.keys()
+        on_device = {name for name, value in placed.items() if isinstance(value, torch.Tensor) and value.is_meta}
+        assert on_device == {"advantages", "trained"} | ({"nodes"} if not offload_nodes else set())
+        assert placed["old"] is None or all(value.is_meta for value in placed["old"].values())
+
+
+def test_a_checkpoint_holds_nothing_of_a_former_one_by_more_processes(make_trainer):
+    folder = make_trainer.directory / "run" / "checkpoint-1"
+    folder.mkdir(parents=True)
+    for rank in (0, 1, 10):
+        (folder / f"rollout_state_{rank}.pt").write_bytes(b"of more processes")
+    make_trainer(output_dir=str(folder.parent), max_steps=1, save_strategy="steps", save_steps=1).train()
+    assert [file.name for file in folder.glob("rollout_state_*")] == ["rollout_state_0.pt"]
 
 
 def test_resume_from_the_last_checkpoint(make_trainer):

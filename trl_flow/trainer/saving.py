@@ -52,6 +52,7 @@ from ..report.history import without_paths
 from ..report.live import try_report
 from .layout import Layout, deal_anew
 from .run_config import python_call, python_config, write_config
+from .transitions import place_transitions
 
 
 logger = logging.getLogger(__name__)
@@ -295,6 +296,11 @@ class SavingMixin:
         file = _rollout_file(output_dir, self.args.process_index)
         torch.save(state, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
+        if self.is_world_process_zero():
+            # Of more processes, which have saved this update before: they would take theirs for parts of this rollout.
+            for stale in Path(output_dir).glob("rollout_state_*.pt"):
+                if int(stale.stem.split("_")[-1]) >= self.args.world_size:
+                    stale.unlink()
         # Trainer removes older checkpoints next: not before this one can be gone on with.
         self.accelerator.wait_for_everyone()
 
@@ -455,17 +461,18 @@ class SavingMixin:
         state = self._rollout_state(checkpoint)
         before, now = Layout(*state.get("layout", self.layout)), self.layout
         self._elapsed, self._nfe, self._rows_trained = state["elapsed"], state["nfe"], state["rows_trained"]
-        self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+        self._step, micro_batches = state["step"], state.pop("buffered_inputs")
         if before != now:
             self._step = self._step // before.accumulation * now.accumulation
-            self._deal_anew([self._rollout_state(checkpoint, rank) for rank in range(before.processes)], before)
-        if self.args.offload_trajectories:
-            for micro_batch in self._buffered_inputs or []:
-                micro_batch["nodes"] = micro_batch["nodes"].cpu()
+            micro_batches = self._deal_anew(checkpoint, before)
+        self._buffered_inputs = micro_batches and [
+            place_transitions(micro_batch, self.accelerator.device, self.args.offload_trajectories)
+            for micro_batch in micro_batches
+        ]
         for name, size in state.get("batch_sizes", {}).items():
             self.batch_sizes[name].load(size)
         self._load_average(state)
-        self.load_method_state(state)
+        self.load_method_state(send_to_device(state, self.accelerator.device))
 
     def method_state(self) -> dict:
         """What a method must find again in a checkpoint: tensors, numbers and lists of these, by name."""
@@ -474,29 +481,24 @@ class SavingMixin:
     def load_method_state(self, state: dict):
         """Takes back what [`method_state`] gave."""
 
-    def _deal_anew(self, states: list[dict], before: Layout):
-        """Takes this process's part of the rollout under way, and of what all have counted, from the states of all."""
-        now, process = self.layout, self.args.process_index
+    def _deal_anew(self, checkpoint: str, before: Layout) -> list[dict]:
+        """This process's part of the rollout under way, and of what all have counted, from the states of all."""
+        states = [self._rollout_state(checkpoint, rank) for rank in range(before.processes)]
         self._nfe, self._rows_trained = (
-            sum(state[name] for state in states) // now.processes for name in ("nfe", "rows_trained")
+            sum(state[name] for state in states) // self.layout.processes for name in ("nfe", "rows_trained")
         )
-        micro_batches = [state["buffered_inputs"] for state in states]
-        self._buffered_inputs = send_to_device(deal_anew(micro_batches, before, now, process), self.accelerator.device)
+        return deal_anew([state["buffered_inputs"] for state in states], before, self.layout, self.args.process_index)
 
     def _rollout_state(self, checkpoint: str, rank: int | None = None) -> dict:
-        """What a process saved; by default this one or, where there were fewer, the first one."""
+        """What a process saved, on the CPU; by default this one or, where there were fewer, the first one."""
         file = _rollout_file(checkpoint, self.args.process_index if rank is None else rank)
         if rank is None and not file.is_file():
             file = _rollout_file(checkpoint, 0)
-        # All of them on the CPU: a GPU may have no room for more than its own. And of several processes without a GPU one has
-        # the device "cpu:0", which torch cannot load to.
-        device = self.accelerator.device
-        on_cpu = rank is not None or device.type == "cpu"
-        return torch.load(file, weights_only=True, map_location="cpu" if on_cpu else device)
+        return torch.load(file, weights_only=True, map_location="cpu")
 
     def _load_average(self, state: dict):
         if self._ema is not None and state["ema"] is not None:
-            self._ema.load_state_dict(state["ema"])
+            self._ema.load_state_dict(send_to_device(state["ema"], self.accelerator.device))
             self._ema.shadow_params = self._to_shards(self._ema.shadow_params)
 
     def _average(self) -> dict:

@@ -153,6 +153,16 @@ def select_transitions(inputs: dict, prompts: range, steps: torch.Tensor) -> dic
     }
 
 
+def place_transitions(inputs: dict, device: torch.device, offload_nodes: bool) -> dict:
+    """A micro-batch from a file, where it was before: values on the device, what they are found by on the CPU."""
+    return inputs | {
+        "nodes": inputs["nodes"].to("cpu" if offload_nodes else device),
+        "advantages": inputs["advantages"].to(device),
+        "trained": inputs["trained"].to(device),
+        "old": inputs["old"] and {name: values.to(device) for name, values in inputs["old"].items()},
+    }
+
+
 def join_transitions(parts: list[dict]) -> dict:
     """The micro-batch of the prompts of several, which have the same steps."""
     first = parts[0]
