@@ -17,6 +17,7 @@
 import gc
 import io
 import math
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -327,6 +328,26 @@ def test_without_the_model_the_plan_is_shown(tmp_path, capsys, monkeypatch):
     assert "Traceback" not in captured.err
     assert "pictures" in captured.out and "≈" in captured.out and "sigma" not in captured.out
     assert "nowhere" in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_for_another_machine(tmp_path, capsys, monkeypatch):
+    """A reward's GPU and its server need not be here."""
+    monkeypatch.chdir(tmp_path)
+    args = ("--num_eval_prompts", "8", "--use_cpu", "--reward_funcs", "shapes")
+    assert dry_run("g2rpo", tmp_path, *args, '{"pickscore": {"device": "cuda:99"}}') == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Velocity evaluations (NFE)" in out
+    assert (
+        "Warning here the run would end with: Reward 'pickscore': device='cuda:99': this process sees no such" in out
+    )
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    assert dry_run("g2rpo", tmp_path, *args, url) == 1
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err and f"error: Reward server {url} has not answered for 1 s" in captured.err
+    assert "pictures" in captured.out and "≈" in captured.out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -511,8 +511,10 @@ MODEL_REWARDS = ("aesthetic", "clip", "geneval", "hpsv2", "image_reward", "picks
 
 @pytest.mark.parametrize("name", MODEL_REWARDS)
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(name):
+    """And not before it is to be loaded: a dry run may be made on a smaller machine."""
+    reward = load_reward({name: {"device": "cuda:99"}})
     with pytest.raises(ValueError, match=r"device='cuda:99': this process sees no such device. Expected one of cpu"):
-        load_reward({name: {"device": "cuda:99"}})
+        reward.prepare("cpu")
     with pytest.raises(ValueError, match="device='cuda7' is no device: expected 'cpu', 'cuda', or one GPU"):
         load_reward({name: {"device": "cuda7"}})
 

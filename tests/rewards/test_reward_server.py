@@ -278,7 +278,7 @@ def test_other_settings_or_another_revision_are_another_reward():
         assert score(client) == [2.0]
     for settings in ({"scale": 3.0}, {"scale": 2.0, "revision": "next"}):
         with served(port, **settings) as server:
-            with pytest.raises(RewardUnavailableError, match=f"with other settings.*before {before}.: start it again"):
+            with pytest.raises(RewardUnavailableError, match=f"with other settings.*then {before}.: start it again"):
                 score(client)
             assert RemoteReward(server.url).source["fingerprint"] == server.fingerprint != before
 
@@ -893,7 +893,7 @@ def test_what_may_pass_is_tried_again(status, monkeypatch, caplog):
             {},
             b'{"name": "else", "scores": [1, 2]}',
             RewardUnavailableError,
-            "serves 'else' now, and 'nonsense' b",
+            "serves 'else', and .* served 'nonsense' when",
         ),
         (200, {}, b"{}", ValueError, "expected 'scores', 2 numbers or null"),
         (200, {}, b'{"scores": [0.5]}', ValueError, "expected 'scores', 2 numbers or null"),

@@ -23,13 +23,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx2
 import pytest
 from accelerate import PartialState
 from PIL import Image
 from test_reward_server import Gate, ask, listening, number_of, numbered, png, serving, wait_until
 
 from trl_flow.rewards import Reward, RewardUnavailableError
-from trl_flow.rewards.remote import CLIENT_HEADER, TOKEN_VARIABLE, RemoteReward
+from trl_flow.rewards.remote import CLIENT_HEADER, TOKEN_VARIABLE, RemoteReward, request_within
 from trl_flow.rewards.server import RewardServer
 
 
@@ -147,6 +148,40 @@ def test_a_server_that_is_busy_for_others_is_no_reason_to_give_up(monkeypatch):
         assert scores.result() == [1.0]
 
 
+def test_what_one_request_sees_of_a_busy_server_holds_for_all(monkeypatch):
+    """Four requests find at about the same time that they have waited for `max_wait`: one alone sees the number rise."""
+    monkeypatch.setattr(RewardServer, "entry_timeout", 0.05)
+    looks, health, admit = [], RewardServer.health, RewardServer.admit
+
+    def counted(server):
+        looks.append(True)
+        return health(server)
+
+    def refusing(server, *args):
+        try:
+            admit(server, *args)
+        except Exception:
+            server.scored += 1  # of others
+            raise
+
+    monkeypatch.setattr(RewardServer, "health", counted)
+    monkeypatch.setattr(RewardServer, "admit", refusing)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        gone = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with serving(Numbers(), max_queue=1) as server, ThreadPoolExecutor(1) as executor:
+        client = RemoteReward([gone, server.url], batch_size=1, max_wait=0.5, max_workers=2)
+        assert client.scope == "sample"
+        with server._changed:
+            server._admitted = 1  # somebody else has the only place
+        scores = executor.submit(client, prompts=["p"] * 4, images=numbered(4))
+        wait_until(lambda: len(looks) >= 8 or scores.done())
+        assert not scores.done()
+        with server._changed:
+            server._admitted = 0
+            server._let_in()
+        assert scores.result() == [0.0, 1.0, 2.0, 3.0]
+
+
 def test_a_server_that_is_busy_and_scores_nothing_is_given_up(monkeypatch):
     monkeypatch.setattr(RewardServer, "entry_timeout", 0.05)
     reward = Gate()
@@ -186,6 +221,21 @@ def test_copies_share_a_queue():
         assert client(prompts=["p"] * 32, images=numbered(32)) == list(range(32))
     assert [copy.device.type for copy in copies] == ["cpu", "cpu"]
     assert all(len(copy.threads) == 1 for copy in copies) and copies[0].threads != copies[1].threads
+
+
+def test_copies_are_loaded_one_after_the_other():
+    """transformers sets torch's default type while it loads, for all threads."""
+    loading, most = [], []
+
+    class Loads(Copy):
+        def prepare(self, device):
+            loading.append(self)
+            most.append(len(loading))
+            time.sleep(0.05)
+            loading.remove(self)
+
+    with serving([Loads(), Loads()], device=["cpu", "cpu"], spec="my.rewards.Loads"):
+        assert most == [1, 1]
 
 
 def test_where_it_computes_is_no_part_of_its_fingerprint():
@@ -360,3 +410,21 @@ def test_an_answer_in_drops_is_not_waited_for_for_ever():
         client = RemoteReward(f"http://127.0.0.1:{server.server_port}", timeout=0.3)
         assert client(prompts=["p"], images=[Image.new("RGB", (2, 2))]) == [0.5]
     assert asked == ["/score"] * 2
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_an_answer_that_is_late_and_whole_is_taken(pieces):
+    """It would be late the next time, too."""
+
+    class Late(httpx2.SyncByteStream):
+        def __iter__(self):
+            for _ in range(pieces):
+                time.sleep(0.02)
+                yield b"[]"
+
+    with httpx2.Client(transport=httpx2.MockTransport(lambda request: httpx2.Response(200, stream=Late()))) as client:
+        if pieces == 1:
+            assert request_within(client, 0.01, "GET", "http://a").content == b"[]"
+        else:
+            with pytest.raises(httpx2.ReadTimeout, match="has not ended after 0.01 s"):
+                request_within(client, 0.01, "GET", "http://a")

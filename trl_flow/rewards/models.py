@@ -102,6 +102,21 @@ def share(key: tuple, load: Callable[[], tuple[nn.Module, str | None]], device: 
         return shared
 
 
+def parse_device(device: str) -> torch.device:
+    """
+    The device of that name, whether or not this machine has it.
+
+    Raises:
+        ValueError: If it names none.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"device={device!r} is no device: expected 'cpu', 'cuda', or one GPU of several, 'cuda:1'."
+        ) from None
+
+
 def check_device(device: str):
     """
     Refuses a device that this machine does not have.
@@ -109,12 +124,7 @@ def check_device(device: str):
     Raises:
         ValueError: If it has none of that kind, or fewer.
     """
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        raise ValueError(
-            f"device={device!r} is no device: expected 'cpu', 'cuda', or one GPU of several, 'cuda:1'."
-        ) from None
+    wanted = parse_device(device)
     if wanted.type == "cpu":
         return
     module = getattr(torch, wanted.type, None)
@@ -323,7 +333,7 @@ class ModelReward(Reward):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1.")
         if device is not None:
-            check_device(device)
+            parse_device(device)  # that it is there is asked where it is used: a dry run may plan for another machine
         self.model = model
         self.revision = revision
         self.device = device
@@ -360,6 +370,8 @@ class ModelReward(Reward):
         return {"weights": self.model, **({"revision": revision} if revision else {})}
 
     def prepare(self, device: torch.device | str | None = None):
+        if self.device is not None:
+            check_device(self.device)
         callers = device
         device = torch.device(self.device or device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # "cuda" and "cuda:0" are one device.

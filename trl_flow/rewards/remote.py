@@ -56,6 +56,7 @@ class _Server:
         self.not_before = 0.0  # when it may be asked again, on the monotonic clock
         self.failures = 0  # since it last answered
         self.scored: int | None = None  # pictures, of all its clients, when it was last asked
+        self.went_on = 0.0  # when it was last seen to have scored some, on the monotonic clock
         self.warned = False
 
 
@@ -79,7 +80,8 @@ class RemoteReward(Reward):
             that has scored pictures of others meanwhile is waited for again as long.
         batch_size (`int`, *optional*): Pictures per request. By default as many as the server scores at once. A reward
             with group scope gets its group in one request.
-        max_workers (`int`, *optional*, defaults to 4): Requests at a time, to each server.
+        max_workers (`int`, *optional*, defaults to 4): Requests at a time, times the number of servers. While some of these
+            are away, the others get them all.
         columns (`list[str]`, *optional*): Columns of the dataset to send. By default all that JSON can express.
     """
 
@@ -147,6 +149,7 @@ class RemoteReward(Reward):
         """What the server says of its reward. Waits for a server that does not answer yet."""
         served, server = self._ask("GET", "/", threading.Event())
         server.scored = served.get("scored")
+        self._first = server.url
         if not isinstance(served.get("name"), str) or served.get("scope") not in ("sample", "group"):
             raise ValueError(f"{server.url} answers, but not as a reward server does: {str(served)[:200]}")
         if served.get("about"):
@@ -245,13 +248,14 @@ class RemoteReward(Reward):
             ]
         if answer.get("name", self.served["name"]) != self.served["name"]:
             raise RewardUnavailableError(
-                f"{server.url} serves {answer['name']!r} now, and {self.served['name']!r} before: start that one again."
+                f"{server.url} serves {answer['name']!r}, and {self._first} served {self.served['name']!r} when the run "
+                "began: start that one again."
             )
         before = self.served.get("fingerprint")
         if (now := answer.get("fingerprint", before)) != before:
             raise RewardUnavailableError(
-                f"{server.url} serves {self.served['name']!r} with other settings or of another revision than before "
-                f"(fingerprint {now}, before {before}): start it again as it was."
+                f"{server.url} serves {self.served['name']!r} with other settings or of another revision than {self._first} "
+                f"did when the run began (fingerprint {now}, then {before}): start it again with those."
             )
         scores, failed = answer.get("scores"), answer.get("failed", [])
         if (
@@ -276,6 +280,7 @@ class RemoteReward(Reward):
         server = None
         while True:
             server = self._choose(server)
+            sent = time.monotonic()
             advice = "Start it again, and the run from its last checkpoint; max_wait says how long to wait."
             after = 0.0
             try:
@@ -290,7 +295,7 @@ class RemoteReward(Reward):
                         "If it is alive, raise timeout (and max_wait), or lower batch_size; then start the run from its "
                         "last checkpoint."
                     )
-                    if not stop.is_set() and self._goes_on(server):
+                    if not stop.is_set() and self._goes_on(server, sent):
                         # Another one would begin anew; here the request keeps its turn, or has been scored meanwhile.
                         with self._lock:
                             server.under_way -= 1
@@ -306,10 +311,12 @@ class RemoteReward(Reward):
                     self._give_up(server, response.status_code, problem)
                 after = _seconds(response.headers.get("Retry-After"))
 
-            waited = time.monotonic() - max(began, self._answered)
-            # A server that is busy for others is no reason to give up.
-            if waited >= self.max_wait and body and self._goes_on(server):
-                waited = 0.0
+            now = time.monotonic()
+            waited = now - max(began, self._answered)
+            # Servers that are busy for others are no reason to give up.
+            if waited >= self.max_wait and body:
+                if any(self._goes_on(other, now - self.max_wait) for other in self._servers):
+                    waited = 0.0
             self._note_failure(server, problem, after, waited)
             if waited >= self.max_wait or stop.is_set():
                 raise RewardUnavailableError(
@@ -362,19 +369,19 @@ class RemoteReward(Reward):
                 f"Reward server {server.url} does not answer ({problem}). Waiting for up to {self.max_wait:.0f} s.{others}"
             )
 
-    def _goes_on(self, server: _Server) -> bool:
-        """Whether a server has scored pictures since it was last asked that, whoever's they were."""
+    def _goes_on(self, server: _Server, since: float) -> bool:
+        """Whether a server has been seen since then to have scored pictures, whoever's they were."""
         try:
             response = self._client.get(f"{server.url}/health", timeout=min(self.timeout, 10.0))
             scored = response.json()["scored"]
         except (httpx2.RequestError, ValueError, LookupError, TypeError):
             return False
         with self._lock:
-            before, server.scored = server.scored, scored
-            if before in (None, scored):
-                return False
-            self._answered = time.monotonic()
-            return True
+            # Of requests that ask together, the first one alone sees the number change.
+            if scored != server.scored:
+                server.scored = scored
+                server.went_on = self._answered = time.monotonic()
+            return server.went_on >= since
 
     def _give_up(self, server: _Server, status: int, problem: str):
         if status in (401, 403):
@@ -402,7 +409,7 @@ class _TooLargeError(ValueError):
 
 def request_within(client: httpx2.Client, seconds: float, method: str, url: str, **kwargs) -> httpx2.Response:
     """
-    A whole answer. The client's own limit is for each piece of it, and one that comes in drops would never end.
+    A whole answer. The client's own limit is for each piece of it, and a body that comes in drops would never end.
 
     Raises:
         httpx2.ReadTimeout: If its end has not come after so many seconds.
@@ -411,9 +418,10 @@ def request_within(client: httpx2.Client, seconds: float, method: str, url: str,
     pieces = []
     with client.stream(method, url, **kwargs) as response:
         for piece in response.iter_bytes():
-            pieces.append(piece)
-            if time.monotonic() > until:
+            # One that is late, but all there, is not thrown away: it would take as long again.
+            if pieces and time.monotonic() > until:
                 raise httpx2.ReadTimeout(f"the answer has not ended after {seconds:g} s", request=response.request)
+            pieces.append(piece)
     # As it was read: not to be unpacked again.
     headers = [(name, value) for name, value in response.headers.multi_items() if name != "content-encoding"]
     return httpx2.Response(response.status_code, headers=headers, content=b"".join(pieces), request=response.request)

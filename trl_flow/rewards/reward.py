@@ -40,7 +40,7 @@ class About(NamedTuple):
     hacked_by: str
 
 
-class RewardUnavailableError(RuntimeError):
+class RewardUnavailableError(OSError):
     """No sample can be scored now, and asking for fewer at once would not help: the server is gone, say."""
 
 

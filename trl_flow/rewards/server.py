@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 COPIES = 4  # times its length
 PIXEL = 4  # bytes: Pillow's RGB has one that is not used
 _CLIENTS = 4096  # whose turns are remembered
+# Rewards are loaded one after the other: transformers sets torch's default type meanwhile, for all threads.
+_PREPARING = threading.Lock()
 # Settings of rewards that change no score.
 _PLACES = {"device", "offload"}
 # What a reward function gets by these names is no column.
@@ -424,7 +426,8 @@ class RewardServer(ThreadingHTTPServer):
             with self._changed:
                 PartialState()  # what the libraries' loggers ask for
             if hasattr(copy.reward, "prepare"):
-                copy.reward.prepare(torch.device(copy.device or _default_device()))
+                with _PREPARING:
+                    copy.reward.prepare(torch.device(copy.device or _default_device()))
             copy.ready = True
             if all(other.ready for other in self.copies):
                 self.fingerprint = self._fingerprint()

@@ -27,6 +27,7 @@ from rich.text import Text
 
 from ..report.plan import ASCII, PlanPicture, count_text, plan_text
 from ..report.text import format_duration
+from ..rewards import parse_reward
 from .arguments import TrainingScriptArguments
 from .estimate import estimate, memory_settings, rows_per_step
 
@@ -56,6 +57,8 @@ def dry_run(trainer_class: type, script_args: TrainingScriptArguments, training_
     with tempfile.TemporaryDirectory() as directory:
         training_args.output_dir = directory
         try:
+            script_args.reward_funcs = list(map(impatient, script_args.reward_funcs))
+            script_args.eval_reward_funcs = list(map(impatient, script_args.eval_reward_funcs or [])) or None
             trainer = make_trainer(trainer_class, script_args, training_args)
         except (OSError, ValueError, ImportError):
             # Of settings that make no plan, the error says enough.
@@ -69,6 +72,14 @@ def dry_run(trainer_class: type, script_args: TrainingScriptArguments, training_
         if leader:
             print_run(trainer, script_args, output_dir, console)
         trainer.end()
+
+
+def impatient(reward: str | dict) -> str | dict:
+    """A reward whose server is not waited for: where a run is planned, it may be out of reach."""
+    name, settings = parse_reward(reward)
+    if isinstance(name, str) and (name == "remote" or name.startswith(("http://", "https://"))):
+        return {name: {**settings, "max_wait": 1.0}}
+    return reward
 
 
 def trainer_of_settings(trainer_class: type, training_args: Any):
@@ -272,7 +283,22 @@ def run_facts(trainer, script_args: TrainingScriptArguments, output_dir: str) ->
     if any(levels):
         noise = f"{levels[0]:g}" if len(set(levels)) == 1 else ", ".join(f"{level:.3g}" for level in levels)
         facts.append(("Noise", f"{args.sde_type}, level {noise}"))
-    return [*facts, ("Goes to", output_dir)]
+    return [*facts, ("Goes to", output_dir), *missing_devices(trainer)]
+
+
+def missing_devices(trainer) -> list[tuple[str, str]]:
+    """Devices of rewards that are not here: the run may be for another machine."""
+    from ..rewards.models import ModelReward, check_device
+
+    found = []
+    names, rewards = trainer.reward_names + trainer.eval_reward_names, trainer.reward_funcs + trainer.eval_reward_funcs
+    for name, reward in zip(names, rewards, strict=True):
+        if isinstance(reward, ModelReward) and reward.device is not None:
+            try:
+                check_device(reward.device)
+            except ValueError as error:
+                found.append(("Warning", f"here the run would end with: Reward {name!r}: {error}"))
+    return found
 
 
 def _weighted(trainer) -> list[str]:
