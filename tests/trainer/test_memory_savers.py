@@ -16,6 +16,7 @@
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from tiny import call_arguments, tiny_pipeline
 from trainer.observing import logged, randomize
 from transformers import TrainerCallback
 
-from trl_flow import FlowPolicy
+from trl_flow import FlowPolicy, G2RPOConfig, G2RPOTrainer
 from trl_flow.trainer.arguments import check_gradient_scale
 from trl_flow.trainer.transitions import trained_steps, transition_chunk
 
@@ -150,6 +151,27 @@ def test_each_batch_is_brought_to_where_training_is():
     places = {t.device.type for t in (chunk.latents, chunk.next_latents, chunk.row, *chunk.members)}
     assert places == {"meta"} and nodes.device.type == "cpu"
     assert chunk.latents.shape == (2, 4) and chunk.next_latents.shape == (4, 4)
+
+
+def test_a_rollout_has_its_latents_once(make_trainer):
+    """However many updates it feeds, and those of the one before are gone when it begins."""
+    settings = {"update_per_step": True, "steps_per_generation": 2, "gradient_accumulation_steps": 1, "max_steps": 5}
+    trainer = make_trainer(G2RPOTrainer, G2RPOConfig, **settings)
+    generate, rollouts, gone = trainer._generate_and_score, [], []
+
+    def watched(rows):
+        gone.append(all(latents() is None for latents in rollouts))
+        micro_batches = generate(rows)
+        latents = [micro_batch["nodes"] for micro_batch in micro_batches]
+        assert len(latents) == 4 and latents[0].shape == latents[1].shape
+        assert len({nodes.untyped_storage().data_ptr() for nodes in latents}) == 1
+        assert latents[0].untyped_storage().nbytes() == 2 * latents[0].nbytes
+        rollouts.append(weakref.ref(latents[0]))
+        return micro_batches
+
+    trainer._generate_and_score = watched
+    trainer.train()
+    assert gone == [True, True]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

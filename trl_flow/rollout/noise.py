@@ -35,14 +35,14 @@ def seeded_noise(*key, num_draws: int, latent_shape: tuple[int, ...]) -> torch.T
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """
-    What was drawn on the CPU, on the device that samples. On its way to a GPU it passes through pinned memory: the host does
-    not wait until the GPU is ready to take it.
+    What was drawn on the CPU, or has waited there, on the device that computes. On its way to a GPU it passes through pinned
+    memory: the host does not wait until the GPU is ready to take it.
 
     Args:
-        values (`torch.Tensor`): On the CPU.
+        values (`torch.Tensor`): On the CPU, or on the device already.
         device (`torch.device`): Where they are to be.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and values.device.type == "cpu":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
 

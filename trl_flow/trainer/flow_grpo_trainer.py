@@ -578,6 +578,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, S
 
     def _prepare_inputs(self, rows: list[dict]) -> dict:
         if self._step % (self.args.num_iterations * self._micro_steps) == 0 or self._buffered_inputs is None:
+            self._buffered_inputs = None  # the last ones' latents make room
             self._buffered_inputs = self._generate_and_score(rows)
         return self._buffered_inputs[self._step % self._micro_steps]
 

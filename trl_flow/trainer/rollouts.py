@@ -128,12 +128,17 @@ class RolloutMixin:
                 )
             self._nfe += rollout.num_evaluations
             observed.append(self.observe(rollout))
-            kept = torch.stack(list(rollout.nodes.values()), dim=1)
-            nodes.append(kept.cpu() if args.offload_trajectories else kept)
+            position = {node: number for number, node in enumerate(rollout.nodes)}
+            # One by one: a second copy of them all would take as much again of the memory that they are to leave.
+            kept = [node.cpu() if args.offload_trajectories else node for node in rollout.nodes.values()]
+            rollout.nodes.clear()
+            nodes.append(torch.stack(kept, dim=1))
+            del kept
             with timed(times, "decode"):
                 pictures = self.decode(
                     rollout.leaves.flatten(0, 1), [condition for condition in conditioning for _ in plan.leaves]
                 )
+            del rollout
             with timed(times, "reward"):
                 # Rewards with a thread of their own go on while the next prompts are sampled, but not far behind: pictures
                 # wait in memory.
@@ -175,9 +180,9 @@ class RolloutMixin:
         self.log_credit(total[:, leaves], plan)
         self._note_samples(prompts, rewards, total, advantages, leaves)
 
-        position = {node: number for number, node in enumerate(rollout.nodes)}
+        nodes = nodes[0] if len(nodes) == 1 else torch.cat(nodes)
         everything = {
-            "nodes": torch.cat(nodes),
+            "nodes": nodes,
             "advantages": advantages.float().to(device),
             "trained": self.trained(advantages, mask, keys).to(device),
             "steps": torch.tensor(plan.steps),

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..rollout import to_device
+
 
 @dataclass
 class TransitionChunk:
@@ -127,8 +129,10 @@ def transition_chunk(inputs: dict, at: TrainedStep, part: slice | torch.Tensor |
         step=at.step,
         sigma=at.sigma,
         sigma_next=at.sigma_next,
-        latents=inputs["nodes"][b.to(home), at.parents[u].to(home)].to(device),
-        next_latents=inputs["nodes"][b[row].to(home), inputs["children"][at.position][member].to(home)].to(device),
+        latents=to_device(inputs["nodes"][b.to(home), at.parents[u].to(home)], device),
+        next_latents=to_device(
+            inputs["nodes"][b[row].to(home), inputs["children"][at.position][member].to(home)], device
+        ),
         conditioning=[at.conditioning[prompt] for prompt in b.tolist()],
         row=row.to(device),
         members=(b[row].to(device), torch.full_like(row, at.position).to(device), member.to(device)),
@@ -137,10 +141,10 @@ def transition_chunk(inputs: dict, at: TrainedStep, part: slice | torch.Tensor |
 
 
 def select_transitions(inputs: dict, prompts: range, steps: torch.Tensor) -> dict:
-    """The micro-batch of some prompts and steps."""
-    prompts = list(prompts)
+    """The micro-batch of some prompts and steps. Its latents are not copied."""
+    consecutive, prompts = slice(prompts.start, prompts.stop), list(prompts)
     return {
-        "nodes": inputs["nodes"][prompts],
+        "nodes": inputs["nodes"][consecutive],
         "advantages": inputs["advantages"][prompts][:, steps],
         "trained": inputs["trained"][prompts][:, steps],
         "steps": inputs["steps"][steps],
