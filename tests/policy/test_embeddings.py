@@ -355,6 +355,18 @@ def test_fingerprints_change_with_model_and_settings(change):
     assert make_policy(**CHANGES[change]())[0].fingerprint() != usual_fingerprint()
 
 
+def test_pictures_encoded_in_tiles_are_others():
+    """Where prompts start from pictures; without one, nothing is encoded by the VAE."""
+    for name, differ in (("StableDiffusion3Pipeline", False), ("FluxKontextPipeline", True)):
+        arguments = call_arguments(name)
+        arguments.pop("image", None)
+        guidance_scale = arguments.pop("guidance_scale")
+        policy = FlowPolicy(tiny_pipeline(name), guidance_scale=guidance_scale, generation_kwargs=arguments)
+        before = policy.fingerprint()
+        policy.pipeline.vae.enable_tiling()
+        assert (policy.fingerprint() != before) is differ
+
+
 @pytest.mark.parametrize("library", ["diffusers", "transformers", "torch", "trl_flow.policy.embeddings"])
 def test_fingerprints_change_with_the_libraries(library, monkeypatch):
     expected = usual_fingerprint()

@@ -18,12 +18,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
-from tiny import tiny_pipeline
+from tiny import call_arguments, tiny_pipeline
 from trainer.observing import logged
 from trainer.test_every_family import settings_of
 
 from trl_flow import FlowGRPOConfig
-from trl_flow.policy import load_pipeline
+from trl_flow.policy import FlowPolicy, load_pipeline
 from trl_flow.scripts import training
 from trl_flow.scripts.arguments import FlowScriptArguments
 from trl_flow.scripts.training import model_init_kwargs
@@ -45,7 +45,7 @@ def bitsandbytes_on_cpu(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["FluxPipeline", "WanPipeline", "QwenImagePipeline"])
+@pytest.mark.parametrize("name", ["FluxPipeline", "Flux2Pipeline", "WanPipeline", "QwenImagePipeline"])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_quantised_base_is_trained(make_trainer, bitsandbytes_on_cpu, tmp_path, quantization, name, dtype):
     """Its weights stay as they are; the adapter moves, is saved, goes on from a checkpoint, and fits the whole base."""
@@ -55,7 +55,7 @@ def test_a_quantised_base_is_trained(make_trainer, bitsandbytes_on_cpu, tmp_path
     tiny_pipeline(name).save_pretrained(model)
     given = FlowScriptArguments(model_name_or_path=model, dtype=dtype, quantization=quantization)
     settings = settings_of(name) | {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    del settings["image"]
+    settings.pop("image", None)
 
     def make(folder):
         pipeline = load_pipeline(model, **model_init_kwargs(given, FlowGRPOConfig(use_cpu=True)))
@@ -83,6 +83,23 @@ def test_a_quantised_base_is_trained(make_trainer, bitsandbytes_on_cpu, tmp_path
     assert len(loaded) == len(trained)
     for (key, one), two in zip(sorted(loaded.items()), dict(sorted(trained.items())).values(), strict=True):
         assert torch.equal(one, two), key
+
+
+def test_gradients_pass_quantised_float16(bitsandbytes_on_cpu, tmp_path):
+    """Scaled, as they pass others. Before its first adapter FLUX.2 has 4-bit weights alone: its precision is another's word."""
+    tiny_pipeline("Flux2Pipeline").save_pretrained(tmp_path)
+    given = FlowScriptArguments(model_name_or_path=str(tmp_path), dtype="float16", quantization="nf4")
+    pipeline = load_pipeline(tmp_path, **model_init_kwargs(given, FlowGRPOConfig(use_cpu=True)))
+    arguments = call_arguments("Flux2Pipeline")
+    guidance_scale = arguments.pop("guidance_scale")
+    policy = FlowPolicy(pipeline, guidance_scale=guidance_scale, generation_kwargs=arguments)
+    assert policy.gradient_scale > 1
+    given = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["hidden_states"].dtype), with_kwargs=True
+    )
+    policy(torch.zeros(1, *policy.latent_shape), 0.5, policy.conditioning(["a red circle"]))
+    assert given == [torch.float16]
 
 
 def frozen_bytes(policy) -> dict[str, torch.Tensor]:

@@ -196,9 +196,10 @@ def _files(component: Any) -> Iterator[tuple[str, Any]]:
 
 def settings_fingerprint(policy: "FlowPolicy") -> str:
     """What conditions depend on beside pipeline, prompt and picture, as a short string."""
-    return Hasher.hash(
-        (sorted(policy.call_arguments.items()), policy.guidance_scale, policy.negative_prompt, policy.device.type)
-    )
+    settings = sorted(policy.call_arguments.items()), policy.guidance_scale, policy.negative_prompt, policy.device.type
+    # Pictures that prompts start from are encoded in tiles, too.
+    tiled = policy.family.image is not None and getattr(getattr(policy.pipeline, "vae", None), "use_tiling", False)
+    return Hasher.hash((*settings, "tiled") if tiled else settings)
 
 
 def condition_key(policy: "FlowPolicy", prompt: str, picture: str | None) -> bytes:

@@ -93,6 +93,15 @@ def compute_beside(pipeline: DiffusionPipeline, component: str):
     pipeline.__class__ = type(kind.__name__, (kind,), {"device": device, "_execution_device": device})
 
 
+def keep_dtype(model: nn.Module, dtype: torch.dtype):
+    """
+    Makes a model go on to say that it computes in a precision, to which its pipeline casts what it is given. By itself it
+    names that of its first floating-point weight, which in 4-bit models without biases may be an adapter's float32.
+    """
+    kind = type(model)
+    model.__class__ = type(kind.__name__, (kind,), {"dtype": dtype, "__module__": kind.__module__})
+
+
 def remember_device(pipeline: DiffusionPipeline, component: str):
     """
     Makes a pipeline look only once where it computes, for each device that one of its components is on. By itself it goes through

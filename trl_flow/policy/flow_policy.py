@@ -35,7 +35,7 @@ from .arguments import resolve_arguments
 from .conditioning import LATENTS, Answers, Condition, find_layout, image_key, make_condition, recording
 from .diffusion import DDIMIdleScheduler, DDIMQueryScheduler, check_scheduler
 from .embeddings import StoredConditions, model_fingerprint, settings_fingerprint
-from .encoders import Visitors, compute_beside, encoders, remember_device
+from .encoders import Visitors, compute_beside, encoders, keep_dtype, remember_device
 from .families import find_family
 from .schedulers import check_flow_scheduler, idle_scheduler, is_flow, query_scheduler
 
@@ -207,7 +207,8 @@ class FlowPolicy(nn.Module):
             # A picture that the signature calls optional and the pipeline cannot do without.
             self.family = dataclasses.replace(family, image="required")
             self.latent_shape = self.blank().latent_shape
-        if not full_finetuning and any(getattr(pipeline, name).dtype == torch.float16 for name in self.components):
+        # Not by their `dtype`, which of quantised weights may be that of the adapter.
+        if not full_finetuning and any(p.dtype == torch.float16 for p in self.denoisers.parameters()):
             self._scale_gradients()
 
     def _scale_gradients(self):
@@ -234,7 +235,11 @@ class FlowPolicy(nn.Module):
         peft_config = copy.deepcopy(peft_config)
         if peft_config.target_modules is None:
             peft_config.target_modules = set(self.family.lora_target_modules)
-        return get_peft_model(denoiser, peft_config).eval()
+        dtype = denoiser.dtype
+        adapted = get_peft_model(denoiser, peft_config).eval()
+        if denoiser.dtype != dtype:
+            keep_dtype(denoiser, dtype)
+        return adapted
 
     def _copy(self, scheduler) -> DiffusionPipeline:
         copied = copy.copy(self.pipeline)
