@@ -67,6 +67,25 @@ def test_parts_are_halved_until_they_fit_and_stay_so(caplog):
     assert sum(size.in_parts(limited(3, sizes), 5), []) == list(range(5)) and size.rows == 2
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(NO_ROOM),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["torch", "python", "driver", "cublas"],
+)
+def test_errors_that_say_that_memory_does_not_suffice(error):
+    def call(rows):
+        if rows > 2:
+            raise error
+        return rows
+
+    assert BatchSize("Training", "transition_batch_size", 8).retried(call, 8) == 2
+
+
 def test_a_single_row_that_does_not_fit_and_errors_of_other_kinds():
     size = BatchSize("Training", "transition_batch_size", 4)
     with pytest.raises(torch.OutOfMemoryError, match="with a single row. What helps: activation_checkpointing") as e:

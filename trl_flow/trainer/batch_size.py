@@ -36,6 +36,9 @@ MOST_ROWS = 1024
 # Of the free memory; the rest is for what a measurement of two rows does not see, as holes between what is kept.
 USED_SHARE = 0.9
 
+# Beside what torch and accelerate know as such: of libraries that allocate by themselves.
+NO_MEMORY = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+
 logger = logging.getLogger(__name__)
 
 
@@ -182,6 +185,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, (torch.OutOfMemoryError, MemoryError))
         or should_reduce_batch_size(error)
+        or (isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY))
         or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
     )
 
