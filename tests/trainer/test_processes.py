@@ -45,13 +45,25 @@ METHODS = {
     "B2DiffuRL": {},
 }  # fmt: skip
 # Eight groups in a rollout and four in an update, always: processes, groups of a micro-step, micro-steps of an update.
-LAYOUTS = {"one": (1, 4, 1), "accumulated": (1, 1, 4), "two": (2, 2, 1), "four": (4, 1, 1)}
+LAYOUTS = {"one": (1, 4, 1), "two": (2, 1, 2), "four": (4, 1, 1), "accumulated": (1, 1, 4)}
+# All methods on one and two processes; in the other layouts those that differ most in what processes tell each other.
+SOME = ("FlowGRPO", "TempFlowGRPO", "TurningPointGRPO", "DiffusionNFT")
+COMPARED = [(method, name) for name in LAYOUTS if name != "one" for method in (METHODS if name == "two" else SOME)]
 # Two prompts stand in the data twice, in places that other processes have; and one rollout is all that an epoch has.
 PROMPTS = prompts(9)["prompt"][:] + prompts(2)["prompt"][:]
-# Methods whose checkpoints others go on with, and the updates after which they do: in mid-rollout, and between two.
-RESUMED = {"FlowGRPO": (1, 2), "DenseGRPO": (1, 3), "DiffusionNFT": (1, 2), "G2RPO": (1, 3)}
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "ema_decay": 0.9}
-RESUMES = [("two", "one"), ("one", "two"), ("two", "four"), ("four", "accumulated")]
+# Whose checkpoints others go on with: after the first update of a rollout's two (Dense-GRPO's and G2RPO's four), or all.
+RESUMED = [
+    ("two", "one", "FlowGRPO", 1),
+    ("two", "one", "DenseGRPO", 3),
+    ("two", "one", "G2RPO", 1),
+    ("two", "one", "DiffusionNFT", 2),
+    ("one", "two", "DenseGRPO", 1),
+    ("one", "two", "FlowGRPO", 2),
+    ("two", "four", "G2RPO", 3),
+    ("two", "four", "FlowGRPO", 1),
+    ("four", "accumulated", "DiffusionNFT", 1),
+]
 
 
 def layout(name: str) -> dict:
@@ -80,18 +92,20 @@ def launch(folder: Path, jobs: list[dict], processes: int):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A directory with a run of each method in each layout."""
+    """A directory with a run of each method in the layouts that it is compared in."""
     folder = tmp_path_factory.mktemp("runs")
+    saved = {method for _, _, method, _ in RESUMED}
     for name, (processes, *_) in LAYOUTS.items():
         jobs = [
             {
                 "name": f"{name}-{method}",
                 "method": method,
                 "data": PROMPTS,
-                "settings": layout(name) | (SAVED if method in RESUMED else {}) | settings,
+                "settings": layout(name) | (SAVED if method in saved else {}) | settings,
                 "resume": None,
             }
             for method, settings in METHODS.items()
+            if name == "one" or (method, name) in COMPARED
         ]
         launch(folder, jobs, processes)
     return folder
@@ -135,8 +149,7 @@ def assert_adapters_close(run: Path, expected: Path, atol: float):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("other", [name for name in LAYOUTS if name != "one"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, other", COMPARED)
 def test_rollouts_and_updates_are_those_of_one_process(runs, method, other):
     expected, found = (in_order(runs / f"{name}-{method}") for name in ("one", other))
     for number, (rollout, same) in enumerate(zip(found, expected, strict=True)):
@@ -190,9 +203,7 @@ def resumed(runs) -> Path:
                 "settings": layout(after) | SAVED | {"save_steps": 100} | METHODS[method],
                 "resume": str(runs / f"{before}-{method}" / f"checkpoint-{stop}"),
             }
-            for before, after in RESUMES
-            for method, stops in RESUMED.items()
-            for stop in stops
+            for before, after, method, stop in RESUMED
             if LAYOUTS[after][0] == processes
         ]
         launch(folder, jobs, processes)
@@ -201,15 +212,13 @@ def resumed(runs) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("method", RESUMED)
-@pytest.mark.parametrize("before, after", RESUMES)
-def test_other_processes_go_on_with_a_run(runs, resumed, before, after, method):
-    for stop in RESUMED[method]:
-        run, straight = resumed / f"{before}-{after}-{method}-{stop}", runs / f"{before}-{method}"
-        assert_adapters_close(run, straight, atol=1e-6)  # the average
-        assert_adapters_close(run / "checkpoint-4", straight / "checkpoint-4", atol=1e-6)
-        for name in ("reward", "grad_norm", "epoch", "step"):
-            assert logged(run, name) == pytest.approx(logged(straight, name), rel=1e-5), name
+@pytest.mark.parametrize("before, after, method, stop", RESUMED)
+def test_other_processes_go_on_with_a_run(runs, resumed, before, after, method, stop):
+    run, straight = resumed / f"{before}-{after}-{method}-{stop}", runs / f"{before}-{method}"
+    assert_adapters_close(run, straight, atol=1e-6)  # the average
+    assert_adapters_close(run / "checkpoint-4", straight / "checkpoint-4", atol=1e-6)
+    for name in ("reward", "grad_norm", "epoch", "step"):
+        assert logged(run, name) == pytest.approx(logged(straight, name), rel=1e-5), name
 
 
 # ---- Layouts ----
