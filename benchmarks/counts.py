@@ -38,6 +38,7 @@ prompts, decoding, rewards, credit, the old policy), `training` (gradients), `ev
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -169,6 +170,16 @@ class Counts:
         finally:
             self.phase = outer
 
+    def counting(self, name: str, function: Callable) -> Callable:
+        """`function`, whose calls are counted."""
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            self.add(name)
+            return function(*args, **kwargs)
+
+        return call
+
     def within(self, phase: str, function: Callable) -> Callable:
         """`function`, in a phase of its own."""
 
@@ -235,7 +246,8 @@ def count_pipeline(pipeline, counts: Counts):
     pipeline.transformer.register_forward_pre_hook(denoised, with_kwargs=True)
     for component in pipeline.components.values():
         if isinstance(component, PreTrainedModel):
-            component.register_forward_pre_hook(lambda module, args: counts.add("encoder calls"))
+            # Not a hook, which also sees calls that are answered from memory.
+            component.forward = counts.counting("encoder calls", component.forward)
     decode = pipeline.vae.decode
 
     def counted(latents, *args, **kwargs):

@@ -14,13 +14,18 @@
 
 """Frozen models that a pipeline encodes and decodes with, and their leave from the device while they are not needed."""
 
+import copy
+import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedModel
+
+from .conditioning import find_signature
 
 
 def encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -29,6 +34,58 @@ def encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     a pipeline runs afterwards (denoisers, decoders, connectors, vocoders) is diffusers' own.
     """
     return {name: model for name, model in pipeline.components.items() if isinstance(model, PreTrainedModel)}
+
+
+class Memory:
+    """
+    What frozen models have made of the last two inputs that each was given. With guidance, a pipeline encodes its negative prompt
+    again beside every prompt.
+
+    Args:
+        models (`dict[str, torch.nn.Module]`): By their names in the pipeline.
+    """
+
+    def __init__(self, models: dict[str, nn.Module]):
+        self.models = models
+        self._outputs: dict[str, OrderedDict] = {name: OrderedDict() for name in models}
+
+    def forget(self):
+        for outputs in self._outputs.values():
+            outputs.clear()
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Context in which models do not run on inputs that are remembered."""
+        with ExitStack() as stack:
+            for name, model in self.models.items():
+                own = vars(model).get("forward")  # of a hook that moves or counts
+                restore = (delattr, model, "forward") if own is None else (setattr, model, "forward", own)
+                stack.callback(*restore)
+                model.forward = self._remembering(model.forward, self._outputs[name])
+            yield
+
+    def _remembering(self, forward: Callable, outputs: OrderedDict) -> Callable:
+        @functools.wraps(forward)
+        def remember(*args, **kwargs):
+            key = _input_key(args, kwargs)
+            if key is None:
+                return forward(*args, **kwargs)
+            output = outputs.pop(key) if key in outputs else forward(*args, **kwargs)
+            # A copy: the caller may write into what it is given.
+            outputs[key] = copy.deepcopy(output)
+            while len(outputs) > 2:
+                outputs.popitem(last=False)
+            return output
+
+        return remember
+
+
+def _input_key(args: tuple, kwargs: dict) -> tuple | None:
+    """The content of a model's inputs; `None` where one may change between calls, as a cache of keys and values does."""
+    values = [*args, *kwargs, *kwargs.values()]
+    if not all(value is None or isinstance(value, (torch.Tensor, bool, int, float, str)) for value in values):
+        return None
+    return len(args), *((find_signature(v, None), v.dtype, v.device) if torch.is_tensor(v) else v for v in values)
 
 
 class Visitors:
@@ -42,6 +99,7 @@ class Visitors:
     def __init__(self, models: dict[str, nn.Module]):
         # 8-bit weights of bitsandbytes are where they were loaded, and cannot be moved.
         self.models = {name: model for name, model in models.items() if not getattr(model, "is_loaded_in_8bit", False)}
+        self.memory = Memory(models)
         self.home: torch.device | str | None = None
         self._here = True
 
@@ -63,6 +121,7 @@ class Visitors:
     def leave(self, home: torch.device | str):
         """Moves the models to `home`, where they wait for the next [`come`]."""
         self.home, self._here = home, False
+        self.memory.forget()
         for model in self.models.values():
             model.to(home)
 

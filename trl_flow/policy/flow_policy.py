@@ -468,7 +468,7 @@ class FlowPolicy(nn.Module):
         self.encoders.come(self.device)
         if self.family.image:
             self.autoencoder.come(self.device)
-        with recording(encoder) as answers:
+        with recording(encoder) as answers, self.encoders.memory.used():
             self._run(encoder, prompts, image, output_type="latent")
         if LATENTS not in answers:
             raise ValueError(
