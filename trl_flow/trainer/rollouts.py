@@ -436,7 +436,7 @@ def _describe(error: Exception | None) -> str:
 
 
 def _to_pil(images: torch.Tensor) -> list:
-    return DiffusionPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
+    return DiffusionPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).contiguous().numpy())
 
 
 def means_by_tag(tags: list[str | None], scores: torch.Tensor) -> dict[str, float]:
