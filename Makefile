@@ -50,8 +50,8 @@ test: $(INSTALLED)  ## run the tests, minutes on two cores
 test-slow: $(INSTALLED)  ## run the slow tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
 
-benchmarks: $(INSTALLED)  ## measure the embedded model: overhead, growth, shared work, switches, in minutes
-	for name in overhead rollout growth switches; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+benchmarks: $(INSTALLED)  ## measure the embedded model again: JSON, tables and pictures, in ten minutes
+	for name in overhead rollout growth switches prompt_embeddings; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 models: $(INSTALLED)  ## find out again which of diffusers' pipelines train, for docs/models.md
 	$(BIN)/python benchmarks/models.py

@@ -16,7 +16,7 @@
 """How the cost of a rollout and its training grows, measured against the closed forms of docs/scaling.md.
 
     OMP_NUM_THREADS=1 python benchmarks/growth.py                     # minutes; writes growth.json, .md and .png
-    OMP_NUM_THREADS=1 python benchmarks/growth.py --axes T strides --repeats 5
+    OMP_NUM_THREADS=1 python benchmarks/growth.py --axes G strides --repeats 5
 
 Along each axis one number changes: steps T, group size G, trained steps (|M| of G2RPO), strides of the tails, resolution, depth and width
 of the denoiser, processes. Of each point two things are compared:
@@ -56,7 +56,7 @@ from trl_flow.rollout import execute
 from trl_flow.scripts.methods import METHODS
 
 
-PROMPTS = [f"a {color} {shape}" for color in ("red", "green", "blue", "yellow") for shape in ("circle", "square")]
+PROMPTS = [f"a {color} {shape}" for color in ("red", "green") for shape in ("circle", "square")]
 SETTINGS = {
     "use_cpu": not torch.cuda.is_available(),
     "bf16": False,
@@ -406,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [*axes(), "processes"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="+", choices=names, default=names)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--points", type=int, help="measure only so many points of each axis")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)

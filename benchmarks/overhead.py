@@ -325,12 +325,19 @@ def draw(runs: list[dict], facts: dict):
         widths = [run["phases"][phase] for run in runs]
         axes.barh(names, widths, left=left, color=color, label=phase, height=0.6)
         left = [a + b for a, b in zip(left, widths, strict=True)]
+    for height, (end, run) in enumerate(zip(left, runs, strict=True)):
+        axes.annotate(
+            f"{run['ratio']:.2f}", (max(end, run["ratio"]), height), (6, 0), textcoords="offset points", va="center"
+        )
     goal = GOALS["cuda" if facts["gpu"] else "cpu"]
     axes.axvline(1.0, color="black", linewidth=1)
     axes.axvline(goal, color="black", linewidth=1, linestyle="--")
     axes.annotate(f"goal {goal}", (goal, 1.0), (3, 3), xycoords=("data", "axes fraction"), textcoords="offset points")
     axes.invert_yaxis()
-    axes.set(xlabel="time, in parts of that of the same denoiser rows in ideal batches", xlim=(0, None))
+    axes.set(
+        xlabel="time, in parts of that of the same denoiser rows in ideal batches",
+        xlim=(0, 1.1 * max(*left, *(run["ratio"] for run in runs))),
+    )
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=6, frameon=False)
     return figure

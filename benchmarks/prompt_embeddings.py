@@ -22,14 +22,12 @@ what the process has of its own, at most, beside the pages of the file that the 
 """
 
 import argparse
-import json
-import os
-import platform
 import tempfile
 import time
 from pathlib import Path
 
 import datasets
+import measuring
 import torch
 from datasets import Dataset
 
@@ -82,12 +80,54 @@ def measure(policy: FlowPolicy, num_prompts: int, folder: Path) -> dict:
     }
 
 
-def main():
+def table(figures: list[dict], facts: dict) -> str:
+    text = f"Embeddings of {facts['kib_per_prompt']} KiB a prompt, on disk. [prompt_embeddings.py](../prompt_embeddings.py) says of what.\n\n"
+    header = [
+        "prompts",
+        "seconds to write",
+        "to find again",
+        "ms to read one",
+        "MiB on disk",
+        "MiB of memory",
+        "of it kept",
+    ]
+    rows = [
+        [
+            f"{one['prompts']:,}",
+            f"{one['encode_seconds']:.1f}",
+            f"{one['find_again_seconds']:.2f}",
+            f"{one['read_milliseconds_per_prompt']:.2f}",
+            f"{one['disk_mib']:,.0f}",
+            f"{one['memory_while_encoding_mib']:.0f}",
+            f"{one['memory_afterwards_mib']:.0f}",
+        ]
+        for one in figures
+    ]
+    return f"{text}{measuring.markdown(header, rows)}\n{measuring.origin(facts)}\n"
+
+
+def draw(figures: list[dict]):
+    figure = measuring.new_figure(8, 3)
+    numbers = [one["prompts"] for one in figures]
+    panels = {
+        "seconds": {"write": "encode_seconds", "find again": "find_again_seconds"},
+        "MiB": {"disk": "disk_mib", "memory": "memory_while_encoding_mib"},
+    }
+    for plot, (unit, lines) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for (label, name), color in zip(lines.items(), measuring.COLORS, strict=False):
+            plot.plot(numbers, [one[name] for one in figures], "o-", color=color, label=label)
+        plot.set(xscale="log", yscale="log", xlabel="prompts", ylabel=unit)
+        plot.spines[["top", "right"]].set_visible(False)
+        plot.legend(frameon=False)
+    return figure
+
+
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_prompts", type=int, nargs="+", default=[1000, 10000, 100000])
     parser.add_argument("--kib_per_prompt", type=int, default=16)
-    parser.add_argument("--output", default="benchmarks/results/prompt_embeddings.json")
-    args = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=measuring.RESULTS / "prompt_embeddings")
+    args = parser.parse_args(argv)
 
     datasets.disable_progress_bars()
     torch.manual_seed(0)
@@ -98,17 +138,8 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             datasets.config.HF_DATASETS_CACHE = Path(folder)
             figures.append(measure(policy, num_prompts, Path(folder)))
-        print(json.dumps(figures[-1]))
-    record = {
-        "hardware": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "kib_per_prompt": args.kib_per_prompt,
-        "figures": figures,
-    }
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=2) + "\n")
+    facts = {**measuring.machine(), "clock": "wall time", "kib_per_prompt": args.kib_per_prompt}
+    measuring.write(args.output, {**facts, "figures": figures}, table(figures, facts), draw(figures))
 
 
 if __name__ == "__main__":

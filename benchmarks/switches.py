@@ -22,7 +22,7 @@ The embedded model, as DenseGRPO's example trains it. Off and on take turns:
 
 - prompts: rollouts whose prompts are encoded each time, and those whose prompts are known;
 - overlap: rollouts with a reward that waits as long as sampling takes, as one behind a server does: in the thread that samples,
-  and in one of its own (benchmarks/reward_overlap.py has it for faster and slower rewards). In wall time, of which waiting is;
+  and in one of its own. In wall time, of which waiting is;
 - compile: a rollout and its training, with the denoiser's blocks as they are and compiled. Making the graphs is told apart;
 - checkpointing: training, with all activations kept and with those of the blocks computed again.
 
@@ -40,9 +40,10 @@ from pathlib import Path
 
 import measuring
 import torch
-from reward_overlap import Waiting
 
+from trl_flow import load_reward
 from trl_flow.policy.memory import measured_peak
+from trl_flow.rewards import Reward
 from trl_flow.trainer.flow_grpo_trainer import FlowGRPOTrainer
 
 
@@ -94,6 +95,17 @@ def prompts(folder: str, args: argparse.Namespace) -> dict:
 def wall() -> float:
     measuring.clock()  # on a GPU, what was asked for is done
     return time.perf_counter()
+
+
+class Waiting(Reward):
+    """`shapes`, after a wait for each picture."""
+
+    def __init__(self, seconds: float, concurrent: bool):
+        self.seconds, self.concurrent, self.reward = seconds, concurrent, load_reward("shapes")
+
+    def __call__(self, prompts, images, **kwargs):
+        time.sleep(self.seconds * len(images))
+        return self.reward(prompts=prompts, images=images)
 
 
 def overlap(folder: str, args: argparse.Namespace) -> dict:

@@ -109,10 +109,16 @@ def test_the_ideal_has_the_same_rows(monkeypatch, tmp_path):
         (True, 3),
         (True, 1),
     ]
-    seen = []
-    denoiser.module.register_forward_hook(lambda module, args, output: seen.append(output[0].requires_grad))
+    seen, backward = [], []
+
+    def see(module, args, output):
+        seen.append(output[0].requires_grad)
+        if output[0].requires_grad:
+            output[0].register_hook(lambda gradient: backward.append(len(gradient)))
+
+    denoiser.module.register_forward_hook(see)
     denoiser.run(batches)
-    assert seen == [False, False, False, True, True]
+    assert seen == [False, False, False, True, True] and backward == [3, 1]
     assert denoiser.rows == {False: 2, True: 1} and all(p.grad is None for p in trainer.policy.parameters())
 
 
@@ -186,3 +192,14 @@ def test_operations(monkeypatch):
     )  # flash attention's backward pass computes the first product again
     weight = torch.randn(4, 5)
     assert measuring.operations(lambda: torch.randn(3, 4) @ weight) == 2 * 3 * 4 * 5
+
+
+@pytest.mark.slow
+def test_prompt_embeddings(monkeypatch, tmp_path):
+    benchmark = load("prompt_embeddings", monkeypatch)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    benchmark.main(["--num_prompts", "20", "10", "--output", str(tmp_path / "prompt_embeddings")])
+    ten, twenty = results(tmp_path / "prompt_embeddings")["figures"]
+    assert (ten["prompts"], twenty["prompts"]) == (10, 20)
+    # 16 KiB each, and what says what they are.
+    assert 16 * 20 / 2**10 < twenty["disk_mib"] < 2 * 16 * 20 / 2**10

@@ -78,8 +78,8 @@ BENCHMARKS = {
     "models.py": "--only FluxPipeline",
     "prompt_embeddings.py": "--num_prompts 10",
     "reward_hacking.py": "--updates 2 --eval_steps 2",
-    "reward_overlap.py": "--prompts 1 --repeats 1",
     "rollout.py": "--num_generations 2 --num_inference_steps 3 --repeats 1",
+    "switches.py": "--switches overlap --prompts 1 --repeats 1",
 }
 # What makes a run short, whatever its method.
 SMALL = {
