@@ -86,6 +86,8 @@ def refused(make_trainer, method, message, **arguments):
         (FLOW, {"beta": -1.0}, "beta=-1.0: expected 0 or more"),
         (FLOW, {"ema_decay": 1.5}, "ema_decay=1.5: expected a number between 0 and 1"),
         (FLOW, {"auto_find_batch_size": True}, "auto_find_batch_size=True would change"),
+        (FLOW, {"ddp_find_unused_parameters": False}, "ddp_find_unused_parameters=False has no effect"),
+        (FLOW, {"ddp_bucket_cap_mb": 25}, "ddp_bucket_cap_mb=25 has no effect"),
         (FLOW, {"height": 9}, "divisible by"),
         (FLOW, {"width": 10, "height": 7}, "divisible by"),
         (FLOW, {"reward_weights": [1.0, 2.0]}, "reward_weights has 2 values for 1 reward functions"),

@@ -72,7 +72,9 @@ def test_parts_are_halved_until_they_fit_and_stay_so(caplog):
     [
         torch.OutOfMemoryError(NO_ROOM),
         MemoryError(),
-        RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"),
+        RuntimeError(
+            "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+        ),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
     ids=["torch", "python", "driver", "cublas"],

@@ -568,6 +568,12 @@ class FlowGRPOConfig(_BaseConfig):
                 "auto_find_batch_size=True would change the number of prompt groups of an update. Set rollout_batch_size and "
                 "transition_batch_size to 'auto' instead: they bound memory and change nothing else."
             )
+        for name in ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect: gradients are averaged once per update, after all backward "
+                    "passes, and a weight without one on some processes counts as 0 there. Leave it out."
+                )
         if self.sde_steps is not None:
             if not self.sde_steps or len(set(self.sde_steps)) < len(self.sde_steps):
                 raise ValueError(f"sde_steps={self.sde_steps}: expected at least one index, each once.")
