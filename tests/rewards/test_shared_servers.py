@@ -281,7 +281,10 @@ def test_requests_are_spread_over_servers():
     with serving(rewards[0], spec="n") as first, serving(rewards[1], spec="n") as second:
         client = RemoteReward([first.url, f"{second.url}/"], batch_size=1, max_workers=2)
         assert client.source["server"] == f"{first.url}, {second.url}"
-        with ThreadPoolExecutor(1) as executor:
+        with contextlib.ExitStack() as stack:
+            executor = stack.enter_context(ThreadPoolExecutor(1))
+            for reward in rewards:
+                stack.callback(reward.open.set)
             scores = executor.submit(client, prompts=["p"] * 12, images=numbered(12))
             wait_until(lambda: first.health()["requests"] == second.health()["requests"] == 2)  # max_workers to each
             for reward in rewards:

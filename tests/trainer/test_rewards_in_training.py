@@ -116,7 +116,8 @@ def test_the_next_prompts_are_sampled_while_rewards_run(make_trainer):
     assert logged(trainer, "rewards/Concurrent/failed") == [0.0]
 
 
-def test_sampling_does_not_run_away_from_a_slow_reward(make_trainer):
+@pytest.mark.parametrize("how", ["train", "evaluate"])
+def test_sampling_does_not_run_away_from_a_slow_reward(how, make_trainer):
     """However slow a reward is, pictures of five sweeps at most wait for it, or are scored by it."""
     begun, scored, waited_at, awaited = [], [], [], threading.Event()
 
@@ -128,8 +129,9 @@ def test_sampling_does_not_run_away_from_a_slow_reward(make_trainer):
     trainer = make_trainer(
         reward_funcs=Concurrent(slow),
         train_dataset=prompts(8),
+        eval_dataset=prompts(8) if how == "evaluate" else None,
         per_device_train_batch_size=8,
-        rollout_batch_size=3,
+        rollout_batch_size=3 if how == "train" else 1,
         max_steps=1,
     )
     start = trainer.start_rewards
@@ -146,8 +148,8 @@ def test_sampling_does_not_run_away_from_a_slow_reward(make_trainer):
         return counted_wait
 
     trainer.start_rewards = counted
-    trainer.train()
-    assert scored == [2] + [3] * 8
+    getattr(trainer, how)()
+    assert scored == ([2] + [3] * 8 if how == "train" else [1] * 8)  # of two grey ones before training
     assert waited_at == [5, 6, 7, 8, 8, 8, 8, 8]
 
 
@@ -168,8 +170,9 @@ class Elsewhere(ModelReward):
 
     def score(self, model, pixel_values, prompts):
         self.called_in.append(threading.current_thread() is threading.main_thread())
-        if self.wait_for is not None:
-            assert self.wait_for.wait(60)
+        if self.wait_for is not None and not self.wait_for.wait(60):
+            self.wait_for.set()  # once is enough
+            raise TimeoutError("the next prompts have not been sampled")
         assert not torch.is_grad_enabled()
         return model(pixel_values).mean(1)
 
