@@ -207,7 +207,11 @@ class Point:
         self.trainer = make_trainer(self._folder.name, method, settings, make, self.counts)
         self.operations = operations_of_rows(self.trainer)
         self.seconds = []
-        for name, phase in (("decode", "pictures"), ("start_rewards", "pictures"), ("_forward_backward", "rows")):
+        for name, phase in (
+            ("start_decoding", "pictures"),
+            ("start_rewards", "pictures"),
+            ("_forward_backward", "rows"),
+        ):
             setattr(self.trainer, name, self.phases.within(phase, getattr(self.trainer, name)))
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.model.train()

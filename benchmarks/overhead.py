@@ -233,6 +233,7 @@ def watched(trainer, phases: Phases):
         phases.become("optimizer")
         return loss
 
+    start_decoding = within("decode", trainer.start_decoding)
     start_rewards = within("reward", trainer.start_rewards)
     with (
         mock.patch("trl_flow.trainer.rollouts.execute", within("executor", execute)),
@@ -241,10 +242,10 @@ def watched(trainer, phases: Phases):
         mock.patch.object(policy, "forward", within("pipeline", policy.forward)),
         mock.patch.object(trainer.accelerator, "backward", within("backward", trainer.accelerator.backward)),
         mock.patch.object(trainer, "conditioning", within("encode", trainer.conditioning)),
-        mock.patch.object(trainer, "decode", within("decode", trainer.decode)),
+        mock.patch.object(trainer, "start_decoding", lambda *args: within("decode", start_decoding(*args))),
         mock.patch.object(trainer, "_generate_and_score", within("credit", trainer._generate_and_score)),
         mock.patch.object(trainer, "training_step", step),
-        # Rewards are waited for later than they are started.
+        # Rewards, and on a GPU pictures, are waited for later than they are started.
         mock.patch.object(trainer, "start_rewards", lambda *args: within("reward", start_rewards(*args))),
     ):
         yield

@@ -132,7 +132,6 @@ def test_a_sweep_reads_nothing_from_the_device_and_copies_nothing_to_it(make):
         "SanaPipeline",
         "WanPipeline",
         "LTXPipeline",
-        "HunyuanVideoPipeline",
     ],
 )
 def test_nor_do_these_pipelines(name):
@@ -140,6 +139,32 @@ def test_nor_do_these_pipelines(name):
     run = sweep(*make_policy(name))
     with no_waiting():
         assert run().leaves.is_meta
+
+
+@pytest.mark.parametrize("make", [tiny_sd3, pytest.param(tiny_sd, marks=pytest.mark.slow)])
+def test_nor_does_decoding(make, monkeypatch):
+    """Until pictures are copied to the CPU, which on a GPU is queued, and waited for once."""
+    policy = policy_of(make())
+    conditioning = [policy.encode("a red circle")] * 5
+    expected = policy.decode(torch.zeros(5, *policy.latent_shape), conditioning=conditioning)
+    conditioning = [dataclasses.replace(one, answers=to_meta(one.answers)) for one in conditioning]
+    sweep(policy)  # moves its models
+    copied, to = [], torch.Tensor.to
+
+    def queued(tensor, *args, **kwargs):
+        if args[:1] != ("cpu",):
+            return to(tensor, *args, **kwargs)
+        copied.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", queued)
+    # Its grid is made, and would be made again for this device alone.
+    monkeypatch.setattr(policy._idle.scheduler, "set_timesteps", lambda num_inference_steps, device: None)
+    latents = torch.zeros(5, *policy.latent_shape, device="meta")
+    with no_waiting():
+        pictures = policy.start_decoding(latents, 2, conditioning)()
+    assert pictures.is_meta and pictures.shape == expected.shape
+    assert [len(batch) for batch in copied] == [2, 2, 1]
 
 
 def test_prompts_of_different_lengths(monkeypatch):

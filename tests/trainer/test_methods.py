@@ -78,7 +78,7 @@ class Recorder:
         generate, old, decode, calculate = (
             trainer._generate_and_score,
             trainer.old_statistics,
-            trainer.decode,
+            trainer.start_decoding,
             trainer.start_rewards,
         )
 
@@ -107,7 +107,7 @@ class Recorder:
 
         trainer._generate_and_score = recorded_generate
         trainer.old_statistics = self.during("old", old)
-        trainer.decode = recorded_decode
+        trainer.start_decoding = recorded_decode
         trainer.start_rewards = recorded_rewards
 
     def during(self, stage, function):

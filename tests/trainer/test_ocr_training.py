@@ -100,13 +100,13 @@ def test_training_on_what_is_read(writer, make_trainer):
         max_sequence_length=12,
         noise_level=0.1,
     )
-    decode, pictures = trainer.decode, []
+    decode, pictures = trainer.start_decoding, []
 
     def recorded(latents, conditioning):
-        pictures.append(decode(latents, conditioning))
-        return pictures[-1]
+        pictures.append(decode(latents, conditioning)())
+        return lambda: pictures[-1]
 
-    trainer.decode = recorded
+    trainer.start_decoding = recorded
     trainer.train()
 
     engine = RapidOCR(

@@ -87,6 +87,41 @@ def test_concurrent_rewards_change_nothing_but_when(make_trainer):
     assert concurrent.prepared == [torch.device("cpu")] and concurrent.released == 3
 
 
+def test_the_next_sweep_begins_before_pictures_are_waited_for(make_trainer):
+    """As on a GPU, where a sweep and its decoding are but queued: the same training, in another order of calls."""
+
+    def run(ahead):
+        order = []
+        trainer = make_trainer(
+            reward_funcs=lambda images, **kwargs: order.append("score") or brightness(images),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            rollout_batch_size=3,
+            output_dir=str(make_trainer.directory / str(ahead)),
+        )
+        assert trainer._sweeps_ahead == 0  # on a CPU, waiting would only leave threads idle
+        trainer._sweeps_ahead = ahead
+        start = trainer.start_decoding
+
+        def starting(latents, conditioning):
+            wait = start(latents, conditioning)
+            order.append("sample")
+            return lambda: order.append("wait") or wait()
+
+        trainer.start_decoding = starting
+        order.clear()
+        trainer.train()
+        weights = torch.cat([p.detach().flatten() for p in trainer.policy.parameters() if p.requires_grad])
+        return weights, logged(trainer, "reward"), order[order.index("sample") :]
+
+    weights, rewards, order = run(0)
+    other_weights, other_rewards, other_order = run(1)
+    assert torch.equal(weights, other_weights) and rewards == other_rewards
+    assert order[:12] == ["sample", "wait", "score"] * 4
+    assert other_order[:12] == ["sample", *["sample", "wait", "score"] * 3, "wait", "score"]
+    assert sorted(order) == sorted(other_order)
+
+
 def test_the_next_prompts_are_sampled_while_rewards_run(make_trainer):
     """The reward of the first prompts waits until the last prompts have been decoded."""
     all_decoded = threading.Event()
@@ -101,16 +136,16 @@ def test_the_next_prompts_are_sampled_while_rewards_run(make_trainer):
     trainer = make_trainer(
         reward_funcs=Concurrent(patient), per_device_train_batch_size=4, rollout_batch_size=3, max_steps=1
     )
-    decode, decoded = trainer.decode, []
+    decode, decoded = trainer.start_decoding, []
 
     def counted(latents, conditioning):
-        pictures = decode(latents, conditioning)
-        decoded.append(len(pictures))
+        wait = decode(latents, conditioning)
+        decoded.append(len(latents))
         if len(decoded) == 4:
             all_decoded.set()
-        return pictures
+        return wait
 
-    trainer.decode = counted
+    trainer.start_decoding = counted
     trainer.train()
     assert decoded == [3, 3, 3, 3]
     assert logged(trainer, "rewards/Concurrent/failed") == [0.0]
@@ -182,7 +217,7 @@ def test_a_model_on_a_device_of_its_own_scores_while_the_next_prompts_are_sample
     reward = Elsewhere(trainers_device)
     elsewhere = trainers_device != "cpu"
     trainer = make_trainer(reward_funcs=reward, per_device_train_batch_size=4, rollout_batch_size=3, max_steps=1)
-    decode, order, all_decoded = trainer.decode, [], threading.Event()
+    decode, order, all_decoded = trainer.start_decoding, [], threading.Event()
     start = trainer.start_rewards
 
     def decoding(latents, conditioning):
@@ -198,7 +233,7 @@ def test_a_model_on_a_device_of_its_own_scores_while_the_next_prompts_are_sample
         order.append("returned")
         return wait
 
-    trainer.decode, trainer.start_rewards = decoding, starting
+    trainer.start_decoding, trainer.start_rewards = decoding, starting
     reward.wait_for = None
     check = trainer.check_reward_functions
 

@@ -507,7 +507,6 @@ class FlowPolicy(nn.Module):
         """
         return latents * self._idle.scheduler.final_scale
 
-    @torch.no_grad()
     def decode(
         self, latents: torch.Tensor, batch_size: int | None = None, conditioning: list[Condition] | None = None
     ) -> torch.Tensor:
@@ -524,6 +523,13 @@ class FlowPolicy(nn.Module):
             `torch.Tensor` of shape `(n, 3, height, width)`, for videos `(n, frames, 3, height, width)`, in [0, 1],
             float32, on the CPU.
         """
+        return self.start_decoding(latents, batch_size, conditioning)()
+
+    @torch.no_grad()
+    def start_decoding(
+        self, latents: torch.Tensor, batch_size: int | None = None, conditioning: list[Condition] | None = None
+    ) -> Callable[[], torch.Tensor]:
+        """[`FlowPolicy.decode`] in two parts: a GPU is told all that it has to do, and what is returned waits for it."""
         latents = self.clean(latents)
         conditioning = conditioning or [self.blank()] * len(latents)
         if "num_frames" in inspect.signature(self._call).parameters:
@@ -538,9 +544,15 @@ class FlowPolicy(nn.Module):
                     pictures = self._ask(self._idle, self._idle_answers, *part, output_type="pt")
                     # By way of pinned memory, while the GPU goes on with the next batch.
                     decoded |= zip(rows, pictures.float().to("cpu", non_blocking=latents.is_cuda), strict=True)
-            if latents.is_cuda:
-                torch.cuda.current_stream(latents.device).synchronize()
-        return torch.stack([decoded[row] for row in range(len(latents))])
+        decoded = [decoded[row] for row in range(len(latents))]
+        copied = torch.cuda.current_stream(latents.device).record_event() if latents.is_cuda else None
+
+        def wait() -> torch.Tensor:
+            if copied is not None:
+                copied.synchronize()
+            return torch.stack(decoded)
+
+        return wait
 
     @functools.cached_property
     def _blank_output(self) -> torch.Tensor:

@@ -19,7 +19,7 @@ import dataclasses
 
 import torch
 
-from ..rollout import forward_plan, seeded_noise
+from ..rollout import forward_plan, seeded_noise, to_device
 from .dance_grpo_trainer import random_steps
 from .flow_grpo_trainer import FlowGRPOTrainer
 from .forward_process_config import ForwardProcessConfig
@@ -63,7 +63,7 @@ class ForwardProcessTrainer(FlowGRPOTrainer):
             for group in set(groups)
         }
         noise = torch.stack([noise[group][member] for group, member in zip(groups, members, strict=True)])
-        noise = noise.to(chunk.latents.device)
+        noise = to_device(noise, chunk.latents.device)
         clean = self.policy.clean(chunk.next_latents)
         return dataclasses.replace(
             chunk, latents=(1 - chunk.sigma) * clean + chunk.sigma * noise, next_latents=noise - clean

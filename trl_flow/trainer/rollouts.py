@@ -96,20 +96,40 @@ class RolloutMixin:
         noise_levels = (self.noise_levels + [0.0] * plan.num_steps)[: plan.num_steps]
         prompts, images = [row["prompt"] for row in rows], self.images(rows)
         device = self.accelerator.device
-        times = dict.fromkeys(("rollout", "decode", "reward"), 0.0)
-        with timed(times, "rollout"):
+        watch = Stopwatch(device)
+        with watch.phase("rollout"):
             self.find_batch_sizes(rows[0])
         # As many prompts at once as fill a forward: few large batches instead of many small ones.
         prompts_per_sweep = max(1, self.batch_sizes["sampling"].rows // plan.width)
-        nodes, scoring, scored, observed = [], deque(), [], []
+        nodes, decoding, scoring, scored, observed = [], deque(), deque(), [], []
         leaf_position = {node: position for position, node in enumerate(plan.leaves)}
         edges = [plan.transitions[step] for step in plan.steps]
         leaves = torch.tensor([[[leaf_position[leaf] for leaf in e.leaves] for e in group] for group in edges])
         compared = compared_leaves(leaves, len(plan.leaves))
         keys = self._group_keys(prompts)
+
+        def score():
+            part, pictures = decoding.popleft()
+            with watch.phase("decode"):
+                pictures = pictures()
+            with watch.phase("reward"):
+                # Rewards with a thread of their own go on while the next prompts are sampled, but not far behind: pictures
+                # wait in memory.
+                scoring.append(
+                    self.start_rewards(
+                        self.reward_funcs,
+                        self.reward_names,
+                        [row for row in rows[part] for _ in plan.leaves],
+                        pictures,
+                        [(prompt, number) for prompt in range(len(rows[part])) for number in compared],
+                    )
+                )
+                if len(scoring) > MOST_WAITING:
+                    scored.append(scoring.popleft()())
+
         for start in range(0, len(rows), prompts_per_sweep):
             part = slice(start, start + prompts_per_sweep)
-            with timed(times, "rollout"):
+            with watch.phase("rollout"):
                 conditioning = self.conditioning(prompts[part], images and images[part])
                 noise = [
                     seeded_noise(
@@ -134,26 +154,15 @@ class RolloutMixin:
             rollout.nodes.clear()
             nodes.append(torch.stack(kept, dim=1))
             del kept
-            with timed(times, "decode"):
-                pictures = self.decode(
-                    rollout.leaves.flatten(0, 1), [condition for condition in conditioning for _ in plan.leaves]
-                )
+            with watch.phase("decode"):
+                conditioning = [condition for condition in conditioning for _ in plan.leaves]
+                decoding.append((part, self.start_decoding(rollout.leaves.flatten(0, 1), conditioning)))
             del rollout
-            with timed(times, "reward"):
-                # Rewards with a thread of their own go on while the next prompts are sampled, but not far behind: pictures
-                # wait in memory.
-                scoring.append(
-                    self.start_rewards(
-                        self.reward_funcs,
-                        self.reward_names,
-                        [row for row in rows[part] for _ in plan.leaves],
-                        pictures,
-                        [(prompt, number) for prompt in range(len(conditioning)) for number in compared],
-                    )
-                )
-                if len(scoring) > MOST_WAITING:
-                    scored.append(scoring.popleft()())
-        with timed(times, "reward"):
+            if len(decoding) > self._sweeps_ahead:
+                score()
+        while decoding:
+            score()
+        with watch.phase("reward"):
             parts = scored + [wait() for wait in scoring]
             self.release_rewards(self.reward_funcs)
         rewards, failed = (
@@ -176,7 +185,7 @@ class RolloutMixin:
         total = combine_rewards(judged, self.reward_weights)
         self._log_rollout(rewards, total, advantages, mask, plan, [row.get("tag") for row in rows])
         num_images = rewards.shape[0] * rewards.shape[1] * args.world_size
-        self._metrics["train"]["images_per_second"].append(num_images / max(sum(times.values()), 1e-9))
+        self._metrics["train"]["images_per_second"].append(num_images / max(sum(watch.seconds().values()), 1e-9))
         self.log_credit(total[:, leaves], plan)
         self._note_samples(prompts, rewards, total, advantages, leaves)
 
@@ -204,11 +213,19 @@ class RolloutMixin:
         for number, micro_batch in enumerate(micro_batches):
             # On-policy, exp(logp - logp.detach()) is exactly 1 and needs no second evaluation.
             if not self.on_policy(number):
-                with timed(times, "old_policy"):
+                with watch.phase("old_policy"):
                     micro_batch["old"] = self.old_statistics(micro_batch)
-        for name, seconds in times.items():
+        for name, seconds in watch.seconds().items():
             self._metrics["train"][f"time/{name}"].append(seconds)
         return micro_batches
+
+    @cached_property
+    def _sweeps_ahead(self) -> int:
+        """
+        How many sweeps a GPU is told to do before the host waits for the pictures of the one before, which it converts and
+        scores meanwhile.
+        """
+        return int(self.accelerator.device.type == "cuda")
 
     def _group_keys(self, prompts: list[str]) -> list[str]:
         """
@@ -285,9 +302,16 @@ class RolloutMixin:
         Raises:
             ValueError: If there are values that are no numbers: a reward would score them as it pleases.
         """
+        return self.start_decoding(latents, conditioning)()
+
+    def start_decoding(self, latents: torch.Tensor, conditioning: list) -> Callable[[], list]:
+        """[`decode`] in two parts: what is returned waits for a GPU, and converts."""
         decoded = self.batch_sizes["decoding"].retried(
-            lambda batch_size: self.policy.decode(latents, batch_size, conditioning), len(latents)
+            lambda batch_size: self.policy.start_decoding(latents, batch_size, conditioning), len(latents)
         )
+        return lambda: self._pictures(decoded(), latents, conditioning)
+
+    def _pictures(self, decoded: torch.Tensor, latents: torch.Tensor, conditioning: list) -> list:
         if not decoded.isfinite().all():
             dtype = conditioning[0].latent_dtype
             what = (
@@ -459,11 +483,36 @@ def _nanstd(values: torch.Tensor, dim: int) -> float:
     return (values - mean).square().nanmean(dim).sqrt().nanmean().item()
 
 
-@contextmanager
-def timed(times: dict, name: str):
-    """Adds the seconds of its block to `times[name]`."""
-    began = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    times[name] = times.get(name, 0.0) + time.perf_counter() - began
+class Stopwatch:
+    """
+    Seconds that phases take. On a GPU the host does not wait between them: what is measured is the time between events in
+    the GPU's queue, and what the host does while the GPU computes takes none.
+
+    Args:
+        device (`torch.device`): Where phases compute.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self._marks = device, {}
+
+    @contextmanager
+    def phase(self, name: str):
+        """Adds what passes within to the phase's time."""
+        began = self._mark()
+        yield
+        self._marks.setdefault(name, []).append((began, self._mark()))
+
+    def seconds(self) -> dict[str, float]:
+        """Of each phase, in the order in which they first ended; waits until all of them have."""
+        if self.device.type != "cuda":
+            return {name: sum(ended - began for began, ended in marks) for name, marks in self._marks.items()}
+        torch.cuda.synchronize(self.device)
+        return {
+            name: sum(began.elapsed_time(ended) for began, ended in marks) / 1000
+            for name, marks in self._marks.items()
+        }
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        return torch.cuda.current_stream(self.device).record_event(torch.cuda.Event(enable_timing=True))

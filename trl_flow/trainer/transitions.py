@@ -125,17 +125,21 @@ def transition_chunk(inputs: dict, at: TrainedStep, part: slice | torch.Tensor |
     else:
         b, u = at.rows[part].unbind(1)
         row, member = ((at.of_member[None] == u[:, None]) & at.trained[b]).nonzero(as_tuple=True)
+    prompts = b.tolist()
+    step, children = torch.full_like(row, at.position), inputs["children"][at.position][member]
+    indices = [b, at.parents[u], b[row], children, row, step, member]
+    # All in one copy, which a GPU does when it comes to it.
+    moved = to_device(torch.cat(indices), device).split([len(index) for index in indices])
+    b, parents, of_child, children = (moved if home == device else indices)[:4]
     return TransitionChunk(
         step=at.step,
         sigma=at.sigma,
         sigma_next=at.sigma_next,
-        latents=to_device(inputs["nodes"][b.to(home), at.parents[u].to(home)], device),
-        next_latents=to_device(
-            inputs["nodes"][b[row].to(home), inputs["children"][at.position][member].to(home)], device
-        ),
-        conditioning=[at.conditioning[prompt] for prompt in b.tolist()],
-        row=row.to(device),
-        members=(b[row].to(device), torch.full_like(row, at.position).to(device), member.to(device)),
+        latents=to_device(inputs["nodes"][b, parents], device),
+        next_latents=to_device(inputs["nodes"][of_child, children], device),
+        conditioning=[at.conditioning[prompt] for prompt in prompts],
+        row=moved[4],
+        members=(moved[2], moved[5], moved[6]),
         is_repeated=part is None,
     )
 

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from ..objective import kl_divergence
-from .rollouts import timed
+from .rollouts import Stopwatch
 from .sharding import shard_of
 from .transitions import TrainedStep, TransitionChunk, trained_steps, transition_chunk
 
@@ -44,13 +44,14 @@ class UpdateMixin:
         began = time.perf_counter()
         model.train()
         inputs = self._prepare_inputs(inputs)
-        with timed(times := {}, "train"):
+        watch = Stopwatch(self.accelerator.device)
+        with watch.phase("train"):
             loss = self._forward_backward(model, inputs)
             if self._averages_gradients and self.accelerator.sync_gradients:
                 average_gradients(self._trainable)
         self._step += 1
         # Like the other phases, in seconds of a whole update.
-        self._seconds_training += times["train"]
+        self._seconds_training += watch.seconds()["train"]
         if self._step % self.args.gradient_accumulation_steps == 0:
             self._metrics["train"]["time/train"].append(self._seconds_training)
             self._seconds_training = 0.0
