@@ -172,8 +172,10 @@ def test_training_goes_as_it_does_uncompiled(tmp_path, no_report, checkpointing)
         runs[name] = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     assert len(runs["eager"]) == 2
     for plain, compiled in zip(*runs.values(), strict=True):
-        for key in ("grad_norm", "kl", "ratio/mean", "loss", "reward"):
+        for key in ("grad_norm", "kl", "ratio/mean", "loss"):
             assert compiled[key] == pytest.approx(plain[key], rel=1e-5), key
+    first = {name: entries[0]["reward"] for name, entries in runs.items()}  # both updates are of one rollout
+    assert first["compiled"] == pytest.approx(first["eager"], rel=1e-5)
 
 
 @pytest.mark.slow
