@@ -38,11 +38,14 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
@@ -59,6 +62,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -68,7 +73,14 @@ from transformers import (
 )
 
 from trl_flow.policy import FlowPolicy
-from trl_flow.policy.memory import ALLOWANCE, MemoryEstimator, MemorySettings, make_fit
+from trl_flow.policy.memory import (
+    ALLOWANCE,
+    MemoryEstimate,
+    MemoryEstimator,
+    MemorySettings,
+    make_fit,
+    setting_text,
+)
 from trl_flow.rollout import chain_plan
 
 
@@ -76,7 +88,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import full_size  # noqa: E402
 from full_size import CLIP_G, CLIP_L, FLUX_TRANSFORMER, KL_VAE, SD3_TRANSFORMER, T5_XXL, WAN_TRANSFORMER  # noqa: E402
-from tiny.text import qwen_tokenizer, t5_tokenizer  # noqa: E402
+from tiny.text import qwen2_5_vl, qwen_tokenizer, t5_tokenizer  # noqa: E402
 
 
 DTYPE = torch.bfloat16
@@ -89,7 +101,6 @@ START = MemorySettings(
     known_prompts=1024,
     rollout_batch_size=24,
     transition_batch_size=8,
-    activation_checkpointing=False,
     reference=True,
     autocast=DTYPE,
 )
@@ -125,6 +136,17 @@ QWEN3_4B = {
     "head_dim": 128,
     "vocab_size": 151936,
     "tie_word_embeddings": True,
+}
+
+
+# The language model of Qwen2.5-VL-7B.
+QWEN25_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
 }
 
 
@@ -251,35 +273,113 @@ def z_image(mode: FakeTensorMode) -> tuple[DiffusionPipeline, list[nn.Module]]:
     return pipeline, [whole]
 
 
+def qwen_image(mode: FakeTensorMode) -> tuple[DiffusionPipeline, list[nn.Module]]:
+    tokenizer, _, tiny = qwen2_5_vl()
+    with init_empty_weights():
+        whole = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=QWEN25_7B, vision_config={"out_hidden_size": QWEN25_7B["hidden_size"]})
+        ).to(DTYPE)
+    # The same width, and little inside.
+    config = tiny.config
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    small = {"hidden_size": QWEN25_7B["hidden_size"], "num_attention_heads": 28, "num_key_value_heads": 4}
+    for name, value in (small | {"rope_parameters": rope}).items():
+        setattr(config.text_config, name, value)
+    config.vision_config.out_hidden_size = QWEN25_7B["hidden_size"]
+    pipeline = QwenImagePipeline(
+        transformer=shapes_alone(QwenImageTransformer2DModel, mode),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192),
+        vae=shapes_alone(AutoencoderKLQwenImage, mode),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config).to(DTYPE).eval(),
+        tokenizer=tokenizer,
+    )
+    return pipeline, [whole]
+
+
+# How each pipeline is made; its settings; and its denoiser with few layers of each kind, followed by what has one layer more of
+# a kind, and how many more the whole one has.
 MODELS = {
-    "sd3.5-medium": (lambda mode: sd3(mode, SD3_TRANSFORMER), {}),
-    "sd3.5-large": (lambda mode: sd3(mode, SD3_LARGE), {}),
-    "sdxl": (sdxl, {}),
-    "flux.1-dev": (flux, {}),
-    "z-image": (z_image, {"height": 512, "width": 512}),
-    "wan2.1-1.3b": (wan, {}),
+    "sd3.5-medium": (
+        lambda mode: sd3(mode, SD3_TRANSFORMER),
+        {},
+        SD3_TRANSFORMER | {"num_layers": 3, "dual_attention_layers": (0,)},
+        [({"num_layers": 4, "dual_attention_layers": (0, 1)}, 12), ({"num_layers": 4}, 9)],
+    ),
+    "sd3.5-large": (lambda mode: sd3(mode, SD3_LARGE), {}, SD3_LARGE | {"num_layers": 2}, [({"num_layers": 3}, 36)]),
+    "flux.1-dev": (
+        flux,
+        {},
+        FLUX_TRANSFORMER | {"num_layers": 1, "num_single_layers": 1},
+        [({"num_layers": 2}, 18), ({"num_single_layers": 2}, 37)],
+    ),
+    "z-image": (z_image, {"height": 512, "width": 512}, {"n_layers": 2}, [({"n_layers": 3}, 28)]),
+    "qwen-image": (qwen_image, {"height": 512, "width": 512}, {"num_layers": 2}, [({"num_layers": 3}, 58)]),
+    "wan2.1-1.3b": (wan, {}, WAN_TRANSFORMER | {"num_layers": 2}, [({"num_layers": 3}, 28)]),
+    "sdxl": (sdxl, {}, None, []),
 }
+
+
+class ManyLayers(MemoryEstimator):
+    """
+    Estimates of a denoiser from those with few of its layers: what a phase takes grows evenly with each kind of layer.
+
+    Args:
+        policy, conditions, sigmas: Of the whole one.
+        few (`MemoryEstimator`): Of one with few layers.
+        more (`list[tuple[MemoryEstimator, int]]`): Of those with one layer more, and how many more the whole one has.
+    """
+
+    def __init__(self, policy, conditions, sigmas, few: MemoryEstimator, more: list[tuple[MemoryEstimator, int]]):
+        super().__init__(policy, conditions, sigmas)
+        self.few, self.more = few, more
+
+    def sampling(self, rows: int, settings: MemorySettings) -> int:
+        return self._grown("sampling", rows, settings)
+
+    def training(self, rows: int, settings: MemorySettings) -> int:
+        return self._grown("training", rows, settings)
+
+    def _grown(self, name: str, rows: int, settings: MemorySettings) -> int:
+        few = getattr(self.few, name)(rows, settings)
+        return few + sum(count * (getattr(one_more, name)(rows, settings) - few) for one_more, count in self.more)
+
+
+def make_estimator(name: str) -> MemoryEstimator:
+    """Of a model without weights."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    build, arguments, sizes, more = MODELS[name]
+    pipeline, encoders = build(mode)
+    pipeline.set_progress_bar_config(disable=True)
+    parts = dict(pipeline.components)
+    policy = FlowPolicy(pipeline, **arguments)
+    conditions, sigmas = [policy.encode(PROMPT)], policy.sigmas(10)
+    if sizes is None:
+        estimator = MemoryEstimator(policy, conditions, sigmas)
+    else:
+
+        def with_layers(sizes: dict) -> MemoryEstimator:
+            denoiser = shapes_alone(lambda: type(parts["transformer"])(**sizes), mode)
+            thin = type(pipeline)(**parts | {"transformer": denoiser})
+            return MemoryEstimator(FlowPolicy(thin, **arguments), conditions, sigmas)
+
+        one_more = [(with_layers(sizes | others), count) for others, count in more]
+        estimator = ManyLayers(policy, conditions, sigmas, with_layers(sizes), one_more)
+    estimator.encoders = dict(enumerate(encoders))
+    return estimator
 
 
 def compute(name: str, gpus: list[float], settings: MemorySettings = START) -> dict:
     """What one model takes, and what it takes to fit each GPU."""
-    began = time.perf_counter()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    build, arguments = MODELS[name]
-    pipeline, encoders = build(mode)
-    pipeline.set_progress_bar_config(disable=True)
-    policy = FlowPolicy(pipeline, **arguments)
-    estimator = MemoryEstimator(policy, [policy.encode(PROMPT)], policy.sigmas(10))
-    estimator.encoders = dict(enumerate(encoders))
+    began = time.process_time()
+    estimator = make_estimator(name)
+    policy = estimator.policy
     found = estimator.estimate(settings)
     record = {
         "model": name,
         "size": {k: v for k, v in policy.call_arguments.items() if isinstance(v, int)},
         "latents": list(policy.latent_shape),
         "lora_r": policy.family.lora_r,
-        "phases_gib": {
-            phase: {part: size / 2**30 for part, size in parts.items()} for phase, parts in found.phases.items()
-        },
+        "phases_gib": in_gib(found),
         "gpus": [],
     }
     for gib in gpus:
@@ -291,11 +391,18 @@ def compute(name: str, gpus: list[float], settings: MemorySettings = START) -> d
                 "changes": changes,
                 "peak_gib": (smaller.peak + ALLOWANCE) / 2**30,
                 "phase": smaller.largest,
+                "phases_gib": in_gib(smaller),
                 "fits": smaller.peak <= limit,
             }
         )
-    record["seconds"] = time.perf_counter() - began
+    record["seconds"] = time.process_time() - began
     return record
+
+
+def in_gib(found: MemoryEstimate) -> dict[str, dict[str, float]]:
+    return {
+        phase: {part: round(size / 2**30, 3) for part, size in parts.items()} for phase, parts in found.phases.items()
+    }
 
 
 def table(records: list[dict], gpus: list[float]) -> str:
@@ -308,7 +415,7 @@ def table(records: list[dict], gpus: list[float]) -> str:
         needed = max(sum(parts.values()) for parts in record["phases_gib"].values()) + ALLOWANCE / 2**30
         cells = [f"{record['model']}", f"{needed:.0f}"]
         for gpu in record["gpus"]:
-            changes = "<br>".join(f"`{name}: {str(value).lower()}`" for name, value in gpu["changes"].items())
+            changes = "<br>".join(f"`{name}: {setting_text(value)}`" for name, value in gpu["changes"].items())
             cells.append(f"{changes}<br>{gpu['peak_gib']:.1f}" if gpu["fits"] else f"no: {gpu['peak_gib']:.1f}")
         lines.append("| " + " | ".join(cell.removeprefix("<br>") for cell in cells) + " |")
     return "\n".join(lines)

@@ -30,7 +30,7 @@ from ..rollout import log_prob, transition
 from .conditioning import Condition
 from .diffusion import flow_sigmas, flow_velocity, latent_scale
 from .flow_policy import FlowPolicy
-from .memory import ALLOWANCE, MemoryEstimator, MemorySettings, make_fit
+from .memory import ALLOWANCE, MemoryEstimator, MemorySettings, make_fit, setting_text
 from .schedulers import become, stepped
 
 
@@ -196,7 +196,7 @@ def note_memory(
     if limit is None or found.peak + ALLOWANCE <= limit:
         return
     changes, smaller = make_fit(estimator, settings, limit - ALLOWANCE)
-    names = [f"{name}: {str(value).lower()}" for name, value in changes.items()]
+    names = [f"{name}: {setting_text(value)}" for name, value in changes.items()]
     needs = f"it needs about {(found.peak + ALLOWANCE) / 2**30:.3g} GiB of {limit / 2**30:.3g}"
     to = f"to {(smaller.peak + ALLOWANCE) / 2**30:.3g}"
     if smaller.peak + ALLOWANCE <= limit:
@@ -209,7 +209,7 @@ def note_memory(
                 if names
                 else "nothing here helps"
             )
-            + ": take a smaller size (height, width, num_frames), dtype bfloat16 or a larger GPU"
+            + ": take a smaller size (height, width, num_frames) or a larger GPU"
         )
 
 

@@ -28,10 +28,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..rollout import Plan, chain_plan, execute, log_prob, transition
 from .conditioning import Condition
+from .embeddings import HASHED_WORDS
 from .flow_policy import FlowPolicy
 
 
@@ -53,6 +54,10 @@ OPTIMIZER_BYTES = (
     ("4bit", 1),
     ("", 8),
 )
+# Part of what is missing: less is not worth a setting.
+LEAST_GAIN = 0.01
+# Of the random numbers that weights are hashed with, where prompts are precomputed: they stay.
+HASH_BYTES = 8 * HASHED_WORDS
 # Bytes of a weight and of what belongs to it: a scale for each row of int8, and for each 64 weights of nf4.
 QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
 
@@ -188,12 +193,13 @@ class _Dequantized(torch.autograd.Function):
 
 
 @contextmanager
-def without_weights(models: list[nn.Module]) -> Iterator[FakeTensorMode]:
+def without_weights(models: list[nn.Module], dtype: torch.dtype | None = None) -> Iterator[FakeTensorMode]:
     """
     Context in which models compute with shapes alone: their weights, and what is computed from them, hold nothing.
 
     Args:
         models (`list[nn.Module]`): The models. Weights that are fake already stay what they are.
+        dtype (`torch.dtype`, *optional*): Precision of the frozen weights. Default: their own.
 
     Yields:
         The mode in which further tensors of this kind are made.
@@ -205,8 +211,9 @@ def without_weights(models: list[nn.Module]) -> Iterator[FakeTensorMode]:
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in fakes:
+            kind = tensor.dtype if dtype is None or tensor.requires_grad else dtype
             with mode:
-                values = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+                values = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device=tensor.device)
                 if isinstance(tensor, nn.Parameter):
                     values = nn.Parameter(values, requires_grad=tensor.requires_grad)
             fakes[id(tensor)] = values
@@ -252,12 +259,17 @@ class MemorySettings:
         known_prompts (`int`): Prompts whose conditioning is kept at a time.
         rollout_batch_size, transition_batch_size (`int`): Rows of a forward in rollouts, and in training.
         activation_checkpointing (`bool`): Whether activations are computed again in the backward pass.
-        precompute_prompts (`bool`): Whether the encoders leave the device.
+        precompute_prompts, offload_encoders (`bool`): Whether the encoders leave the device, before training or when
+            they have encoded the prompts of a rollout.
+        offload_vae (`bool`): Whether the VAE is there to decode alone.
+        vae_slicing, vae_tiling (`bool`): Whether it decodes picture by picture, and each in tiles.
+        offload_trajectories (`bool`): Whether the latents of a rollout wait on the CPU.
         reference (`bool`): Whether the base model is evaluated beside what is trained (`beta` above 0).
         autocast (`torch.dtype` or `None`): Precision of mixed-precision training.
         optim (`str`): Name of the optimizer.
         ema (`bool`): Whether there is a moving average.
         several_processes (`bool`): Whether gradients are exchanged, of which there is a copy then.
+        dtype (`torch.dtype` or `None`): Precision of the frozen weights, where it is not the one that they are in.
         quantization (`str` or `None`): `"int8"` or `"nf4"`, of a denoiser that is not quantised yet.
         host (`bool`): Whether what waits on the CPU takes nothing of this memory.
     """
@@ -269,11 +281,17 @@ class MemorySettings:
     transition_batch_size: int = 8
     activation_checkpointing: bool = True
     precompute_prompts: bool = False
+    offload_encoders: bool = False
+    offload_vae: bool = False
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    offload_trajectories: bool = False
     reference: bool = False
     autocast: torch.dtype | None = None
     optim: str = "adamw_torch_fused"
     ema: bool = True
     several_processes: bool = False
+    dtype: torch.dtype | None = None
     quantization: str | None = None
     host: bool = True
 
@@ -298,6 +316,10 @@ class MemoryEstimate:
     def peak(self) -> int:
         """Bytes of that phase: phases follow each other."""
         return sum(self.phases[self.largest].values())
+
+    def beyond(self, limit: int) -> int:
+        """Bytes by which phases exceed a limit, all together: what helps one of two that are as large helps."""
+        return sum(max(0, sum(parts.values()) - limit) for parts in self.phases.values())
 
 
 class MemoryEstimator:
@@ -325,7 +347,8 @@ class MemoryEstimator:
         }
         self._found: dict[tuple, int] = {}
         self._largest: dict[str, int] = {}
-        self._sweeps: dict[tuple, tuple[int, int, int]] = {}
+        self._sweeps: dict[tuple, tuple[dict[int, int], dict[str, int]]] = {}
+        self._cast: dict[torch.dtype, list[Condition]] = {}
 
     # ---- What is there all the time ----
 
@@ -335,41 +358,79 @@ class MemoryEstimator:
         return sum(num_bytes(parameter) for parameter in self.policy.parameters() if parameter.requires_grad)
 
     def weights(self, settings: MemorySettings) -> dict[str, int]:
-        """Of what is frozen, and of what is trained with all that belongs to it."""
+        """Of what is frozen, where all of it is on the device, and of what is trained with all that belongs to it."""
         trained = self.trained_bytes
-        denoiser = module_bytes(self.denoisers) - trained
+        if settings.dtype is None:
+            denoiser = module_bytes(self.denoisers) - trained
+        else:
+            frozen = [p for p in self.denoisers.parameters() if not p.requires_grad]
+            denoiser = self._in(settings.dtype, *frozen, *self.denoisers.buffers())
         if settings.quantization is not None:
             for layer in linear_layers(self.denoisers):
-                full = num_bytes(layer.weight)
-                denoiser += int(layer.weight.numel() * QUANTIZED_BYTES[settings.quantization]) - full
+                size = self._in(settings.dtype, layer.weight)
+                denoiser += int(layer.weight.numel() * QUANTIZED_BYTES[settings.quantization]) - size
         copies = 1 + settings.ema + (settings.reference and self.policy.full_finetuning)
         states = next(size for part, size in OPTIMIZER_BYTES if part in settings.optim)
         return {
             "denoiser": denoiser,
-            "encoders": 0
-            if settings.precompute_prompts and settings.host
-            else sum(module_bytes(part) for part in self.encoders.values()),
-            "VAE": sum(module_bytes(part) for part in self.others.values()),
+            "encoders": self._frozen_bytes(self.encoders, settings),
+            "VAE": self._frozen_bytes(self.others, settings),
             "trained weights": copies * trained,
             "optimizer": states * trained // 4,
-            "prompts": self._conditioning(settings),
+            "prompts": self._conditioning(settings) + settings.precompute_prompts * HASH_BYTES,
         }
 
+    @staticmethod
+    def _in(dtype: torch.dtype | None, *tensors: torch.Tensor) -> int:
+        """Bytes of tensors, float32 ones in another precision."""
+        return sum(
+            t.numel() * dtype.itemsize if dtype is not None and t.dtype == torch.float32 else num_bytes(t)
+            for t in tensors
+        )
+
+    def _frozen_bytes(self, models: dict[str, nn.Module], settings: MemorySettings) -> int:
+        key = tuple(models), settings.dtype
+        if key not in self._found:
+            self._found[key] = sum(
+                module_bytes(model)
+                if settings.dtype is None
+                else self._in(settings.dtype, *model.parameters(), *model.buffers())
+                for model in models.values()
+            )
+        return self._found[key]
+
     def _conditioning(self, settings: MemorySettings) -> int:
-        largest = max(condition.num_bytes for condition in self.conditions)
+        largest = max(condition.num_bytes for condition in self._conditions(settings))
         known = min(settings.known_prompts, self.policy.cache_size)
         return int(min(known * largest, max(largest, self.policy.cache_bytes)))
 
+    def _conditions(self, settings: MemorySettings) -> list[Condition]:
+        """Of the rows, in the precision of the weights."""
+        if settings.dtype is None:
+            return self.conditions
+        if settings.dtype not in self._cast:
+
+            def cast(value):
+                is_full = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+                return value.to(settings.dtype) if is_full else value
+
+            self._cast[settings.dtype] = [
+                replace(condition, answers=tree_map(cast, condition.answers), latent_dtype=settings.dtype)
+                for condition in self.conditions
+            ]
+        return self._cast[settings.dtype]
+
     # ---- What a phase adds ----
 
-    def encoding(self) -> int:
+    def encoding(self, settings: MemorySettings) -> int:
         """Of one prompt's way through the encoders, which is gone."""
         if ("encoding",) not in self._found:
             condition = self.conditions[0]
             with ledger(self.policy.device) as book:
                 self.policy.encode_anew(condition.prompt, condition.image)
             self._found["encoding",] = book.peak
-        return self._found["encoding",]
+        size = self._found["encoding",]
+        return size if settings.dtype is None else size * settings.dtype.itemsize // 4
 
     def sampling(self, rows: int, settings: MemorySettings) -> int:
         """Of one velocity in a rollout."""
@@ -385,7 +446,7 @@ class MemoryEstimator:
 
         def train(latents, sigma, conditions):
             sigma_next = self.sigmas[self.sigmas.index(sigma) + 1]
-            following = torch.empty_like(latents)
+            latents, following = latents.clone(), torch.empty_like(latents)  # taken from those of the rollout
             with self._autocast(settings):
                 velocity = self.policy(latents, sigma, conditions)
                 mean, std = transition(latents, velocity, sigma, sigma_next, 0.7, "flow")
@@ -413,24 +474,26 @@ class MemoryEstimator:
             pictures = self.policy.decode(latents, rows, conditions)
             self._found["picture",] = num_bytes(pictures) // rows
 
-        return self._transient("decoding", decode, rows, settings, None)
+        return self._transient("decoding", decode, rows, settings, (settings.vae_slicing, settings.vae_tiling))
 
     def _autocast(self, settings: MemorySettings):
         return torch.autocast(self.policy.device.type, settings.autocast, enabled=settings.autocast is not None)
 
     def _transient(self, name: str, call: Callable, rows: int, settings: MemorySettings, mattering) -> int:
         """The most that `call(latents, sigma, conditions)` holds at a time."""
-        key = name, rows, mattering
+        key = name, rows, mattering, settings.dtype
         if key in self._found:
             return self._found[key]
         policy = self.policy
-        conditions = [self.conditions[row * len(self.conditions) // rows] for row in range(rows)]
+        own = self._conditions(settings)
+        conditions = [own[row * len(own) // rows] for row in range(rows)]
         # Of two denoisers, one is for the beginning and the other for the end.
         steps = [0, len(self.sigmas) - 3] if len(policy.components) > 1 else [(len(self.sigmas) - 2) // 2]
         peak = 0
         with (
             self._checkpointing(settings.activation_checkpointing),
-            without_weights([policy.denoisers, *self.others.values()]) as mode,
+            self._divided(settings),
+            without_weights([policy.denoisers, *self.others.values()], settings.dtype) as mode,
         ):
             parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
             for step in steps if name != "decoding" else steps[:1]:
@@ -463,6 +526,20 @@ class MemoryEstimator:
             for module, was in before:
                 module.gradient_checkpointing = was
 
+    @contextmanager
+    def _divided(self, settings: MemorySettings) -> Iterator[None]:
+        """Context in which the VAE decodes in slices and tiles, or not."""
+        vae = getattr(self.policy.pipeline, "vae", None)
+        wanted = {"use_slicing": settings.vae_slicing, "use_tiling": settings.vae_tiling}
+        before = {name: getattr(vae, name) for name in wanted if hasattr(vae, name)}
+        try:
+            for name in before:
+                setattr(vae, name, wanted[name])
+            yield
+        finally:
+            for name, was in before.items():
+                setattr(vae, name, was)
+
     def between(self, name: str, rows: int, settings: MemorySettings) -> int:
         """Of a number of rows: what was found for the most that were asked for, or less, on a straight line to a single one."""
         find = getattr(self, name)
@@ -470,7 +547,7 @@ class MemoryEstimator:
         high = find(largest, settings)
         if settings.quantization is not None and name != "decoding":
             # A layer's weight is there in full while it is used.
-            size = (settings.autocast or self.conditions[0].latent_dtype).itemsize
+            size = (settings.autocast or self._conditions(settings)[0].latent_dtype).itemsize
             full = size * max(layer.weight.numel() for layer in linear_layers(self.denoisers))
         else:
             full = 0
@@ -479,43 +556,40 @@ class MemoryEstimator:
         low = find(1, settings)
         return low + (high - low) * (rows - 1) // (largest - 1) + full
 
-    def sweep(self, prompts: int, settings: MemorySettings) -> tuple[int, int, int]:
-        """Of the executor's way down the grid for some prompts: the most, what is left, and what of that is kept."""
-        plan = settings.plan
-        # Found before anything is counted: the largest batch, and the other end of the line to it.
-        for rows in (min(settings.rollout_batch_size, max(rows_at_once(plan, prompts))), 1):
-            self.between("sampling", rows, settings)
-        key = plan, prompts, settings.rollout_batch_size, settings.autocast, settings.quantization
+    def sweep(self, prompts: int, settings: MemorySettings) -> dict[str, int]:
+        """Of the executor's way down the grid for some prompts: the most, the latents that it keeps, and the leaves."""
+        plan, batch_size = settings.plan, settings.rollout_batch_size
+        key = plan, prompts, batch_size, settings.host
         if key not in self._sweeps:
-            device, shape = self.policy.device, self.policy.latent_shape
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
-            with ledger(device) as book:
+            calls: dict[int, int] = {}  # most that is held when a number of rows is evaluated
+            # Latents of this length in place of the real ones, which are so much larger.
+            length = 256
+            scale = math.prod(self.policy.latent_shape) / length
+            with ledger(torch.device("cpu")) as book:
 
                 def velocity(latents, sigma, prompt):
-                    book.reach(self.between("sampling", len(latents), settings))
+                    calls[len(latents)] = max(calls.get(len(latents), 0), book.held)
                     return torch.empty_like(latents)
 
-                with mode:
-                    drawn = (
-                        []
-                        if settings.host
-                        else [torch.empty(plan.num_draws, *shape, device=device) for _ in range(prompts)]
-                    )
-                    noise = torch.empty(prompts, plan.num_draws, *shape, device=device)
-                rollout = execute(
-                    plan,
-                    velocity,
-                    torch.linspace(1, 0, plan.num_steps + 1),
-                    noise,
-                    [0.7] * plan.num_steps,
-                    "flow",
-                    settings.rollout_batch_size,
-                )
+                drawn = [] if settings.host else [torch.empty(plan.num_draws, length) for _ in range(prompts)]
+                noise = torch.empty(prompts, plan.num_draws, length)
+                grid, noise_levels = torch.linspace(1, 0, plan.num_steps + 1), [0.7] * plan.num_steps
+                rollout = execute(plan, velocity, grid, noise, noise_levels, "flow", batch_size)
                 del noise
-                kept = torch.stack(list(rollout.nodes.values()), dim=1)
-                self._sweeps[key] = book.peak, book.held, num_bytes(kept)
-                del drawn, kept, rollout
-        return self._sweeps[key]
+                sizes = {
+                    "most": book.peak,
+                    "kept": sum(map(num_bytes, rollout.nodes.values())),
+                    "leaves": num_bytes(rollout.leaves),
+                    "drawn": sum(map(num_bytes, drawn)),
+                }
+            calls = {rows: int(scale * held) for rows, held in calls.items()}
+            self._sweeps[key] = calls, {name: int(scale * size) for name, size in sizes.items()}
+        calls, sizes = self._sweeps[key]
+        # The largest batch is one end of the line to the others.
+        reached = [
+            held + self.between("sampling", rows, settings) for rows, held in sorted(calls.items(), reverse=True)
+        ]
+        return sizes | {"most": max(sizes["most"], *reached)}
 
     # ---- All of it ----
 
@@ -529,37 +603,55 @@ class MemoryEstimator:
         Returns:
             [`MemoryEstimate`]
         """
-        plan = settings.plan
+        plan, on_gpu = settings.plan, settings.host
         weights, trained = self.weights(settings), self.trained_bytes
         at_once = min(settings.prompts, max(1, settings.rollout_batch_size // plan.width))
-        most, left, kept = self.sweep(at_once, settings)
+        sweep = self.sweep(at_once, settings)
+        most, kept, leaves, drawn = (sweep[name] for name in ("most", "kept", "leaves", "drawn"))
+        if settings.offload_trajectories and on_gpu:
+            kept = 0
+        else:
+            # Put together when all are there, beside the noise and the leaves.
+            most = max(most, 2 * kept + leaves + drawn)
         sweeps = -(-settings.prompts // at_once)
         all_kept = kept * settings.prompts // at_once
-        leftover = left if sweeps > 1 else 0
-        leaves = at_once * len(plan.leaves)
-        rows = min(settings.rollout_batch_size, leaves)
-        decoding = self.between("decoding", rows, settings)
-        if not settings.host:
-            pictures = self._found["picture",] * leaves
-            decoding = max(decoding + pictures - self._found["picture",] * rows, 2 * pictures)
-        before = {name: size for name, size in weights.items() if name != "optimizer"}
-        before["encoders"] = sum(module_bytes(part) for part in self.encoders.values())
+        count = at_once * len(plan.leaves)
+        rows = min(settings.rollout_batch_size, count)
+        decoding = self.between("decoding", rows, settings) + leaves * (count - rows) // count
+        if not on_gpu:
+            picture = self._found["picture",]
+            decoding = max(decoding + picture * (count - rows), 2 * picture * count)
+        # Of sweeps before this one.
+        earlier, noise = all_kept - kept, drawn if sweeps > 1 else 0
+        usual = dict(weights)
+        if on_gpu and (settings.precompute_prompts or settings.offload_encoders):
+            usual["encoders"] = 0
+        if on_gpu and settings.offload_vae:
+            usual["VAE"] = 0
+        encode = usual | {"encoders": weights["encoders"]}
+        if self.policy.family.image or settings.precompute_prompts:
+            encode["VAE"] = weights["VAE"]
+        if settings.precompute_prompts:  # before training
+            encode |= {"optimizer": 0, "activations": max(self.encoding(settings), HASH_BYTES)}
+        else:
+            encode |= {"latents": earlier, "activations": self.encoding(settings)}
         gradients = trained * (1 + settings.several_processes)
         temporary = 0 if "fused" in settings.optim or "8bit" in settings.optim else trained
         return MemoryEstimate(
             {
-                "encode": before | {"activations": self.encoding()},
-                "rollout": weights | {"latents": all_kept - kept + leftover, "activations": most},
-                "decode": weights | {"latents": all_kept - kept + left, "activations": decoding},
-                "collect": weights | {"latents": 3 * all_kept - kept + left},
-                "train": weights
+                "encode": encode,
+                "rollout": usual | {"latents": earlier + noise, "activations": most},
+                "decode": usual
+                | {"VAE": weights["VAE"], "latents": all_kept + leaves + drawn, "activations": decoding},
+                "collect": usual | {"latents": all_kept * (1 + (sweeps > 1)) + drawn},
+                "train": usual
                 | {
                     "latents": all_kept,
                     "gradients": gradients + trained,
                     "activations": self.between("training", settings.transition_batch_size, settings),
                 },
-                "measure": weights | {"latents": all_kept, "gradients": gradients + 2 * trained},
-                "update": weights | {"latents": all_kept, "gradients": gradients + temporary},
+                "measure": usual | {"latents": all_kept, "gradients": gradients + 2 * trained},
+                "update": usual | {"latents": all_kept, "gradients": gradients + temporary},
             }
         )
 
@@ -581,7 +673,7 @@ def linear_layers(model: nn.Module) -> list[nn.Linear]:
 
 def make_fit(
     estimator: MemoryEstimator, settings: MemorySettings, limit: int
-) -> tuple[dict[str, int | bool | str], MemoryEstimate]:
+) -> tuple[dict[str, int | bool | str | torch.dtype], MemoryEstimate]:
     """
     Settings that bring a run below a limit, as few as do, those that cost least first.
 
@@ -597,32 +689,63 @@ def make_fit(
     changes = {}
     found = estimator.estimate(settings)
     while found.peak > limit:
-        change = _next_change(estimator, replace(settings, **changes), found, limit)
-        if change is None:
+        for change in _possible_changes(estimator, replace(settings, **changes)):
+            smaller = estimator.estimate(replace(settings, **changes | change))
+            if smaller.beyond(limit) < (1 - LEAST_GAIN) * found.beyond(limit):
+                changes, found = changes | change, smaller
+                break
+        else:
             return changes, found
-        changes |= change
-        found = estimator.estimate(replace(settings, **changes))
-    for name in list(changes):
-        fewer = {other: value for other, value in changes.items() if other != name}
-        if (less := estimator.estimate(replace(settings, **fewer))).peak <= limit:
-            changes, found = fewer, less
+    # Of what has been changed before something else made it needless, the costliest is taken back first.
+    for name in reversed(list(changes)):
+        for others in _milder(changes, name, getattr(settings, name)):
+            if (less := estimator.estimate(replace(settings, **others))).peak <= limit:
+                changes, found = others, less
+                break
     return changes, found
 
 
-def _next_change(
-    estimator: MemoryEstimator, settings: MemorySettings, found: MemoryEstimate, limit: int
-) -> dict | None:
-    denoisers = [getattr(estimator.policy.pipeline, name) for name in estimator.policy.components]
-    if sum(estimator.weights(settings).values()) <= limit:
-        if found.largest == "train":
-            if settings.transition_batch_size > 1:
-                return {"transition_batch_size": settings.transition_batch_size // 2}
-            if not settings.activation_checkpointing and all(d._supports_gradient_checkpointing for d in denoisers):
-                return {"activation_checkpointing": True}
-        if found.largest in ("rollout", "decode") and settings.rollout_batch_size > 1:
-            return {"rollout_batch_size": settings.rollout_batch_size // 2}
-    if not settings.precompute_prompts and settings.host and estimator.encoders and found.largest != "encode":
-        return {"precompute_prompts": True}
-    if settings.quantization != "nf4" and not estimator.policy.full_finetuning and linear_layers(estimator.denoisers):
-        return {"quantization": "int8" if settings.quantization is None else "nf4"}
-    return None
+def _milder(changes: dict, name: str, wished: int | bool | str | torch.dtype | None) -> Iterator[dict]:
+    """The changes with less of one of them, least first."""
+    others = {other: value for other, value in changes.items() if other != name}
+    yield others
+    if name.endswith("batch_size"):
+        rows = wished // 2
+        while rows > changes[name]:
+            yield others | {name: rows}
+            rows //= 2
+    elif changes[name] == "nf4":
+        yield others | {name: "int8"}
+
+
+def _possible_changes(estimator: MemoryEstimator, settings: MemorySettings) -> Iterator[dict]:
+    """Changes of one setting, those that cost least first."""
+    policy = estimator.policy
+    denoisers = [getattr(policy.pipeline, name) for name in policy.components]
+    vae = getattr(policy.pipeline, "vae", None)
+    layers = linear_layers(estimator.denoisers)
+    if not policy.full_finetuning and settings.dtype is None and layers and layers[0].weight.dtype == torch.float32:
+        yield {"dtype": torch.bfloat16}
+    if settings.host and estimator.encoders and not settings.precompute_prompts and not settings.offload_encoders:
+        yield {"precompute_prompts": True}
+    if not settings.activation_checkpointing and all(d._supports_gradient_checkpointing for d in denoisers):
+        yield {"activation_checkpointing": True}
+    if not settings.vae_slicing and hasattr(vae, "use_slicing") and policy.num_frames is None:
+        yield {"vae_slicing": True}
+    for name in ("transition_batch_size", "rollout_batch_size"):
+        if getattr(settings, name) > 1:
+            yield {name: getattr(settings, name) // 2}
+    for name in ("offload_vae", "offload_trajectories"):
+        if settings.host and not getattr(settings, name):
+            yield {name: True}
+    if not settings.vae_tiling and hasattr(vae, "use_tiling"):
+        yield {"vae_tiling": True}
+    if policy.full_finetuning and settings.optim.startswith("adamw") and "bit" not in settings.optim:
+        yield {"optim": "adamw_bnb_8bit"}
+    if settings.quantization != "nf4" and not policy.full_finetuning and layers:
+        yield {"quantization": "int8" if settings.quantization is None else "nf4"}
+
+
+def setting_text(value: int | bool | str | torch.dtype) -> str:
+    """A setting as YAML has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value).removeprefix("torch.")

@@ -277,6 +277,7 @@ def diagnose(args: DoctorArguments) -> "Diagnosis":
     device, limit = torch.device(device), device_memory(torch.device(device))
     if args.gpu_memory is not None:
         limit = int(args.gpu_memory * 2**30)
+    on_gpu = device.type != "cpu" or args.gpu_memory is not None
     return examine(
         pipeline,
         num_inference_steps=args.num_inference_steps,
@@ -286,7 +287,9 @@ def diagnose(args: DoctorArguments) -> "Diagnosis":
             activation_checkpointing=args.activation_checkpointing,
             precompute_prompts=args.precompute_prompts,
             reference=args.beta > 0,
-            host=device.type != "cpu" or args.gpu_memory is not None,
+            # What a run on a GPU does unless it is told otherwise.
+            autocast=torch.bfloat16 if on_gpu else None,
+            host=on_gpu,
         ),
         limit=limit,
         image=Image.open(args.image).convert("RGB") if args.image is not None else None,
