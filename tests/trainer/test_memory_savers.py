@@ -14,7 +14,6 @@
 
 """Settings that save memory: what they change, which is nothing or rounding, and what they refuse."""
 
-import itertools
 import math
 import weakref
 
@@ -30,6 +29,7 @@ from trainer.observing import logged, randomize
 from transformers import TrainerCallback
 
 from trl_flow import FlowPolicy, G2RPOConfig, G2RPOTrainer
+from trl_flow.policy.memory import measured_peak
 from trl_flow.trainer.arguments import check_gradient_scale
 from trl_flow.trainer.transitions import trained_steps, transition_chunk
 
@@ -353,15 +353,6 @@ def test_optimizers_that_step_in_the_backward_pass(make_trainer, optim):
 # ---- Memory, as torch's allocator counts it ----
 
 
-def peak_bytes(call) -> int:
-    """The most memory that a call has at once, on top of what there was before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events))
-
-
 def test_what_takes_less_memory():
     """Of a tiny FLUX.1, at 32 x 32 pixels: training to 64 %, decoding of four pictures to 73 %, in tiles to 29 %."""
     adapter = LoraConfig(r=2, target_modules=None)
@@ -375,14 +366,14 @@ def test_what_takes_less_memory():
         policy.decode(latents, conditioning=conditioning)
 
     train()  # what is allocated once
-    usual = peak_bytes(train)
+    usual = measured_peak(train)
     policy.gradient_checkpointing_enable()
-    assert peak_bytes(train) < 0.75 * usual
+    assert measured_peak(train) < 0.75 * usual
 
     decode()
-    whole, vae = peak_bytes(decode), policy.pipeline.vae
+    whole, vae = measured_peak(decode), policy.pipeline.vae
     policy.divide_decoding(slicing=True, tiling=False)
-    assert peak_bytes(decode) < 0.85 * whole
+    assert measured_peak(decode) < 0.85 * whole
     vae.tile_sample_min_size, vae.tile_latent_min_size = 16, 8
     policy.divide_decoding(slicing=False, tiling=True)
-    assert peak_bytes(decode) < 0.4 * whole
+    assert measured_peak(decode) < 0.4 * whole

@@ -264,6 +264,7 @@ class MemorySettings:
         offload_vae (`bool`): Whether the VAE is there to decode alone.
         vae_slicing, vae_tiling (`bool`): Whether it decodes picture by picture, and each in tiles.
         offload_trajectories (`bool`): Whether the latents of a rollout wait on the CPU.
+        compared_bytes (`int`): What is kept of the sampling policy, of all transitions of a rollout, to compare with.
         reference (`bool`): Whether the base model is evaluated beside what is trained (`beta` above 0).
         autocast (`torch.dtype` or `None`): Precision of mixed-precision training.
         optim (`str`): Name of the optimizer.
@@ -286,6 +287,7 @@ class MemorySettings:
     vae_slicing: bool = False
     vae_tiling: bool = False
     offload_trajectories: bool = False
+    compared_bytes: int = 0
     reference: bool = False
     autocast: torch.dtype | None = None
     optim: str = "adamw_torch_fused"
@@ -635,6 +637,7 @@ class MemoryEstimator:
             encode |= {"optimizer": 0, "activations": max(self.encoding(settings), HASH_BYTES)}
         else:
             encode |= {"latents": earlier, "activations": self.encoding(settings)}
+        trajectories = all_kept + settings.compared_bytes
         gradients = trained * (1 + settings.several_processes)
         temporary = 0 if "fused" in settings.optim or "8bit" in settings.optim else trained
         return MemoryEstimate(
@@ -646,12 +649,12 @@ class MemoryEstimator:
                 "collect": usual | {"latents": all_kept * (1 + (sweeps > 1)) + drawn},
                 "train": usual
                 | {
-                    "latents": all_kept,
+                    "latents": trajectories,
                     "gradients": gradients + trained,
                     "activations": self.between("training", settings.transition_batch_size, settings),
                 },
-                "measure": usual | {"latents": all_kept, "gradients": gradients + 2 * trained},
-                "update": usual | {"latents": all_kept, "gradients": gradients + temporary},
+                "measure": usual | {"latents": trajectories, "gradients": gradients + 2 * trained},
+                "update": usual | {"latents": trajectories, "gradients": gradients + temporary},
             }
         )
 

@@ -21,9 +21,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..policy.memory import MemoryEstimator, MemorySettings
+from ..policy.memory import MemoryEstimator, MemorySettings, num_bytes
 from ..rewards.reward import Reward
 from ..rewards.scoring import is_async
+from ..rollout import Plan
+from ..trainer.transitions import TransitionChunk
 
 
 # A part is timed again while this many seconds have not gone by, and not in a full batch if that seems to take longer
@@ -235,6 +237,7 @@ def memory_settings(trainer, updates: int) -> tuple[MemoryEstimator, MemorySetti
         vae_slicing=args.vae_slicing,
         vae_tiling=args.vae_tiling,
         offload_trajectories=args.offload_trajectories,
+        compared_bytes=compared_bytes(trainer, plan, updates) * groups,
         reference=args.beta > 0,
         autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         optim=str(getattr(args.optim, "value", args.optim)),
@@ -242,6 +245,21 @@ def memory_settings(trainer, updates: int) -> tuple[MemoryEstimator, MemorySetti
         several_processes=args.world_size > 1,
         host=trainer.accelerator.device.type != "cpu",
     )
+
+
+def compared_bytes(trainer, plan: Plan, updates: int) -> int:
+    """Bytes that are kept of the sampling policy, of each group's transitions, if there will be another to compare with."""
+    step, begun = plan.steps[0], trainer.state.global_step
+    trainer.state.global_step = updates - 1
+    on_policy = trainer.args.num_iterations == 1 and all(map(trainer.on_policy, range(trainer._micro_steps)))
+    trainer.state.global_step = begun
+    if on_policy:
+        return 0
+    latents, first = torch.zeros(1, *trainer.policy.latent_shape), torch.zeros(1, dtype=torch.int64)
+    sigma, sigma_next = trainer.sigmas[step : step + 2].tolist()
+    chunk = TransitionChunk(step, sigma, sigma_next, latents, latents, [], first, (first, first, first))
+    transitions = sum(len(edges) for edges in plan.transitions.values())
+    return transitions * sum(map(num_bytes, trainer.statistics(chunk, latents).values()))
 
 
 def num_evaluations(trainer, updates: int) -> int:

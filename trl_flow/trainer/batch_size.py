@@ -18,15 +18,14 @@ import gc
 import logging
 import os
 import traceback
-import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
 import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from ..policy.memory import ledger, measured_peak
 
 
 T = TypeVar("T")
@@ -221,46 +220,8 @@ def _below_limit() -> list[int]:
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     """Most bytes of tensors on a device during a call, beside those that were there before."""
-    if device.type in ("cpu", "mps"):
-        with _CountBytes() as counted:
-            call()
-        return counted.peak
-    torch.accelerator.reset_peak_memory_stats(device)
-    before = torch.accelerator.memory_allocated(device)
-    call()
-    return torch.accelerator.max_memory_allocated(device) - before
-
-
-class _CountBytes(TorchDispatchMode):
-    """Bytes of the tensors that operations make, for as long as they live."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak = self._now = 0
-        self._living: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
-        result = function(*args, **kwargs)
-        for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            # A view, or a tensor that was changed in place, is nothing new.
-            if id(storage) not in given and id(storage) not in self._living:
-                self._add(storage)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage):
-        key, size = id(storage), storage.nbytes()
-
-        def gone(_):
-            del self._living[key]
-            self._now -= size
-
-        self._living[key] = weakref.ref(storage, gone)
-        self._now += size
-        self.peak = max(self.peak, self._now)
-
-
-def _tensors(tree) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    if device.type not in ("cpu", "mps"):
+        return measured_peak(call, device)
+    with ledger(device) as book:
+        call()
+    return book.peak
