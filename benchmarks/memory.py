@@ -175,6 +175,7 @@ def text_encoder(kind: type, sizes: dict, small: dict, tokenizer, **ids) -> tupl
     }[kind]
     with init_empty_weights():
         whole = kind(config(**sizes)).to(DTYPE)
+    whole.tie_weights()  # counted once
     return tokenizer, kind(config(**sizes | small | ids)).to(DTYPE).eval(), whole
 
 

@@ -210,8 +210,10 @@ def without_weights(models: list[nn.Module], dtype: torch.dtype | None = None) -
     replaced, layers = [], []
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
+        kind = tensor.dtype if dtype is None or tensor.requires_grad else dtype
+        if isinstance(tensor, FakeTensor) and kind == tensor.dtype:
+            return tensor
         if id(tensor) not in fakes:
-            kind = tensor.dtype if dtype is None or tensor.requires_grad else dtype
             with mode:
                 values = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device=tensor.device)
                 if isinstance(tensor, nn.Parameter):
@@ -495,7 +497,9 @@ class MemoryEstimator:
         with (
             self._checkpointing(settings.activation_checkpointing),
             self._divided(settings),
-            without_weights([policy.denoisers, *self.others.values()], settings.dtype) as mode,
+            without_weights(
+                list(self.others.values()) if name == "decoding" else [policy.denoisers], settings.dtype
+            ) as mode,
         ):
             parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
             for step in steps if name != "decoding" else steps[:1]:
@@ -634,7 +638,7 @@ class MemoryEstimator:
         if self.policy.family.image or settings.precompute_prompts:
             encode["VAE"] = weights["VAE"]
         if settings.precompute_prompts:  # before training
-            encode |= {"optimizer": 0, "activations": max(self.encoding(settings), HASH_BYTES)}
+            encode |= {"optimizer": 0, "prompts": HASH_BYTES, "activations": max(self.encoding(settings), HASH_BYTES)}
         else:
             encode |= {"latents": earlier, "activations": self.encoding(settings)}
         trajectories = all_kept + settings.compared_bytes

@@ -347,11 +347,14 @@ def update_facts(trainer, updates: int) -> list[tuple[str, str]]:
         largest = max(sums, key=sums.get)
         parts = ", ".join(f"{part} {size:.2g}" for part, size in diagnosis.memory[largest].items() if size >= 5e-3)
         others = ", ".join(f"{phase} {size:.2g}" for phase, size in sums.items() if phase != largest)
+        auto = (
+            "; auto counts as a single row" if "auto" in (args.rollout_batch_size, args.transition_batch_size) else ""
+        )
         facts.append(
             (
                 "Memory",
                 f"about {sums[largest]:.2g} GiB a process {PHASES[largest]}{f' ({parts})' if parts else ''}; in other phases "
-                f"{others}; and what the rewards' models take",
+                f"{others}{auto}; and what the rewards' models take",
             )
         )
     return facts + [("Warning", warning) for warning in diagnosis.warnings]
