@@ -235,7 +235,9 @@ def sdxl(mode: FakeTensorMode) -> tuple[DiffusionPipeline, list[nn.Module]]:
     (t1, e1, _), (t2, e2, _) = encoders
     pipeline = StableDiffusionXLPipeline(
         unet=shapes_alone(lambda: UNet2DConditionModel(**SDXL_UNET), mode),
-        scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1),
+        scheduler=diffusers.DDIMScheduler(
+            beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
         vae=kl_vae(mode, 0.13025, None, SDXL_VAE),
         text_encoder=e1,
         tokenizer=t1,

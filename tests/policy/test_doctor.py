@@ -157,7 +157,7 @@ def test_memory_and_what_would_make_it_fit():
 
     full = examine(sd3(), memory=wished, limit=2**30 + int(peak * 2**30) - 1, **SMALL)
     assert full.trains and full.memory == free.memory
-    assert full.warnings == ["it needs about 1 GiB of 1: transition_batch_size: 4 brings it to 1"]
+    assert full.warnings == ["it needs about 1 GiB of 1: dtype: bfloat16 brings it to 1"]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])

@@ -178,6 +178,7 @@ def test_advice_begins_with_what_costs_least(estimator):
         wished = replace(wished, **changes)
 
 
+@pytest.mark.slow
 def test_advice_changes_no_more_than_it_must(estimator):
     wished = settings(dtype=torch.bfloat16, rollout_batch_size=8, transition_batch_size=8)
     smallest = make_fit(estimator, wished, 1)[1].peak
@@ -219,6 +220,7 @@ def test_latents_of_several_sweeps(estimator):
     assert phases["rollout"]["latents"] == prompt
 
 
+@pytest.mark.slow
 def test_half_precision(policy, estimator):
     """Of a pipeline in float32, as if it had been loaded in bfloat16."""
     half = estimator.estimate(settings(dtype=torch.bfloat16)).phases["train"]

@@ -638,7 +638,13 @@ class MemoryEstimator:
         if self.policy.family.image or settings.precompute_prompts:
             encode["VAE"] = weights["VAE"]
         if settings.precompute_prompts:  # before training
-            encode |= {"optimizer": 0, "prompts": HASH_BYTES, "activations": max(self.encoding(settings), HASH_BYTES)}
+            hashed = [num_bytes(p) for m in (*self.encoders.values(), *self.others.values()) for p in m.parameters()]
+            products = min(HASH_BYTES, 2 * max(hashed, default=0))  # 8 bytes for each 4
+            encode |= {
+                "optimizer": 0,
+                "prompts": HASH_BYTES,
+                "activations": max(self.encoding(settings), products),
+            }
         else:
             encode |= {"latents": earlier, "activations": self.encoding(settings)}
         trajectories = all_kept + settings.compared_bytes
