@@ -47,9 +47,15 @@ from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from pipelines import brightness, prompts, tiny_sd3  # noqa: E402
+from tiny import tiny_pipeline  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
+from trainer.test_every_family import settings_of  # noqa: E402
 
 import trl_flow  # noqa: E402
+from trl_flow.report import live  # noqa: E402
+
+
+live.write_report = lambda *args, **kwargs: None  # it has tests of its own
 
 
 def uneven(prompts, images, **kwargs):
@@ -83,12 +89,15 @@ SETTINGS = {
 ADAM = {"optim": "adamw_torch", "learning_rate": 0.05, "max_grad_norm": 0.1}
 CASES = {
     "FlowGRPO": {"beta": 0.1, "gradient_accumulation_steps": 2},
-    "several": {"method": "FlowGRPO", "num_iterations": 2},
     "clipped": {"method": "FlowGRPO", **ADAM},
     "G2RPO": {"granularities": [1, 2], "sde_steps": [0, 1]},
     "DiffusionNFT": {"old_policy_decay_rate": 0.5},
     "AWM": {},
     "checkpointing": {"method": "DenseGRPO", "gradient_checkpointing": True},
+    # Its gradients are small. Adam's moves are not, and a few of them later a pixel differs, and with it a reward.
+    "WanPipeline/2.2": {"method": "FlowGRPO", "learning_rate": 1e3, "max_grad_norm": 1e-6},
+    "compiled": {"method": "FlowGRPO", "torch_compile": True, "torch_compile_backend": "aot_eager"},
+    "spoiled": {"method": "FlowGRPO", "max_steps": 2},
     "half": {"method": "FlowGRPO", "bf16": True},
     "complete": {"method": "FlowGRPO", "full_finetuning": True, "ema_decay": 0.5, "learning_rate": 0.1},
     "kept": {
@@ -105,6 +114,12 @@ CASES = {
 
 def trainer_of(case: str) -> trl_flow.FlowGRPOTrainer:
     settings = SETTINGS | CASES[case]
+    if case.partition("/")[0].endswith("Pipeline"):
+        settings |= settings_of(case)
+        del settings["image"]
+        pipeline = tiny_pipeline(case)
+    else:
+        pipeline = tiny_sd3()
     method = settings.pop("method", case)
     world = int(os.environ.get("WORLD_SIZE", 1))
     AcceleratorState._reset_state(reset_partial_state=False)
@@ -118,7 +133,7 @@ def trainer_of(case: str) -> trl_flow.FlowGRPOTrainer:
     if kind != "plain":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = getattr(trl_flow, f"{method}Trainer")(
-        tiny_sd3().to(torch.bfloat16) if case == "half" else tiny_sd3(),
+        pipeline.to(torch.bfloat16) if case == "half" else pipeline,
         uneven,
         config,
         prompts(8),
@@ -134,8 +149,29 @@ def trainer_of(case: str) -> trl_flow.FlowGRPOTrainer:
     return trainer
 
 
+def spoil(trainer):
+    """The second process's gradient of the second update is no number."""
+    loss = trainer.policy_loss
+
+    def spoiled(*args):
+        losses, logs = loss(*args)
+        spoils = trainer.state.global_step == 1 and trainer.args.process_index == 1
+        return losses * float("nan") if spoils else losses, logs
+
+    trainer.policy_loss = spoiled
+
+
 for case in cases:
     trainer = trainer_of(case)
+    if case == "spoiled":
+        spoil(trainer)
+        try:
+            trainer.train()
+        except ValueError as error:
+            finite = all(p.isfinite().all() for p in trainer._shards)
+            with open(f"{folder}/{kind}/{case}/{trainer.args.process_index}.txt", "w") as file:
+                file.write(f"{error} finite={finite}")
+        continue
     before = [parameter.detach().clone() for parameter in trainer._trainable]
     trainer.train(resume_from_checkpoint=f"{folder}/{kind}/kept/checkpoint-2" if case == "resumed" else None)
     expected = {"plain": "NO", "fsdp2": "FSDP"}.get(kind, "DEEPSPEED")

@@ -171,6 +171,14 @@ def test_checkpoints_of_another_method_are_refused(make_trainer):
     assert not (make_trainer.directory / "other" / "run.json").exists()
 
 
+def test_checkpoints_with_the_optimizer_in_other_parts_are_refused(make_trainer, monkeypatch):
+    make_trainer(save_strategy="steps", save_steps=1).train()
+    other = make_trainer(max_steps=2)
+    monkeypatch.setattr(type(other), "optimizer_parts", "DeepSpeed ZeRO-2 with num_processes=4")
+    with pytest.raises(ValueError, match="of a run with neither FSDP nor DeepSpeed, which this one, with DeepSpeed ZeRO-2"):
+        other.train(resume_from_checkpoint=True)
+
+
 def test_checkpoints_of_another_adapter_are_refused(make_trainer):
     make_trainer(save_strategy="steps", save_steps=1).train()
     other = make_trainer(peft_config=LoraConfig(r=2, target_modules=["attn.to_q"]), max_steps=2)

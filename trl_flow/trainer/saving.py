@@ -141,6 +141,13 @@ class SavingMixin:
                 "gradient_accumulation_steps) and in a rollout (processes x per_device_train_batch_size x "
                 "steps_per_generation), nor how often they are trained (num_iterations)."
             )
+        parts = state.get("optimizer_parts", self.optimizer_parts)
+        if parts != self.optimizer_parts:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint}: its optimizer is of a run with {parts}, which this one, with "
+                f"{self.optimizer_parts}, cannot take over. Start it as that one was started; for its weights alone, begin a run "
+                "with adapter_name_or_path=<the checkpoint>."
+            )
         # Of the same layout, each process needs its own part of the rollout, else all of them.
         needed = [self.args.process_index] if before == now else range(before.processes)
         missing = [file.name for rank in needed if not (file := _rollout_file(checkpoint, rank)).is_file()]
@@ -284,6 +291,7 @@ class SavingMixin:
             "method": self._name,
             "trained_rewards": self._trained_rewards(),
             "layout": tuple(self.layout),
+            "optimizer_parts": self.optimizer_parts,
             "step": self._step,
             "nfe": self._nfe,
             "rows_trained": self._rows_trained,

@@ -22,6 +22,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin, save_fsdp_optimizer
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
@@ -103,6 +104,22 @@ def check_sharded_policy(policy: FlowPolicy, is_deepspeed: bool):
         )
 
 
+def check_layers(policy: FlowPolicy, plugin: FullyShardedDataParallelPlugin):
+    """
+    Refuses a denoiser that would be gathered as a whole because nobody says which layers it has.
+
+    Raises:
+        ValueError: With where to name them.
+    """
+    by_class = plugin.auto_wrap_policy is transformer_auto_wrap_policy
+    if by_class and not (plugin.transformer_cls_names_to_wrap or policy._no_split_modules):
+        raise ValueError(
+            f"diffusers does not say which layers of {type(getattr(policy.pipeline, policy.components[0])).__name__} FSDP2 is "
+            "to gather one by one. Name their classes as fsdp_transformer_layer_cls_to_wrap in the file of "
+            "--accelerate_config."
+        )
+
+
 def shard_of(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor, in the same memory; the tensor itself where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -137,6 +154,16 @@ class ShardingMixin:
     def is_sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
+    @property
+    def optimizer_parts(self) -> str:
+        """In what parts a checkpoint holds the optimizer: it goes on with the same ones only."""
+        if self.is_fsdp_enabled:
+            return f"FSDP2 with {self.accelerator.state.fsdp_plugin.state_dict_type.name}"
+        if self.is_deepspeed_enabled:
+            stage = self.accelerator.state.deepspeed_plugin.zero_stage
+            return f"DeepSpeed ZeRO-{stage} with num_processes={self.args.world_size}"
+        return "neither FSDP nor DeepSpeed"
+
     def prepare_sharding(self):
         """Settles what the launcher's configuration leaves open, or would do to the policy's precision."""
         if not self.is_sharded:
@@ -146,6 +173,7 @@ class ShardingMixin:
         precision = self.args.mixed_precision
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
+            check_layers(self.policy, plugin)
             # All processes have loaded the weights; accelerate's way to send them fails for models with buffers.
             plugin.cpu_ram_efficient_loading = False
             # Latents and velocities are float32, and weights keep their dtype, as on one process.
@@ -203,7 +231,8 @@ class ShardingMixin:
     def _whole_norm(self, norm: torch.Tensor) -> torch.Tensor:
         """The norm of a gradient, from that of this process's shards."""
         if self.is_fsdp_enabled and self.args.world_size > 1:
-            torch.distributed.all_reduce(squares := norm.square())
+            # Where nothing has a gradient, the norm is 0 on the CPU, which NCCL does not exchange.
+            torch.distributed.all_reduce(squares := norm.to(self.accelerator.device).square())
             norm = squares.sqrt()
         return norm
 

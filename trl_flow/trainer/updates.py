@@ -214,6 +214,27 @@ class UpdateMixin:
             else:
                 parameter.grad.copy_(value)
 
+    @property
+    def _norms_later(self) -> bool:
+        """Whether the gradient has the same norm in all processes in `_get_grad_norm` alone, and not in a micro-step."""
+        return self._averages_gradients or self.is_deepspeed_enabled
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self._norms_later:
+            # Here all processes stop together: one that stops before the average leaves the others waiting for it.
+            self._check_gradient(float(norm))
+        return norm
+
+    def _check_gradient(self, norm: float):
+        # A scaler of mixed precision provokes infinity, and leaves out the update.
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
+            raise ValueError(
+                f"The gradient holds NaN or infinity at step {self.state.global_step}: an update would spoil all of the "
+                f"weights. float16 (dtype, fp16) overflows where bfloat16 does not; else lower learning_rate="
+                f"{self.args.learning_rate}, and go on from the last checkpoint (resume_from_checkpoint=True)."
+            )
+
     def _log_update(self, logged: dict, norms: dict, steps: list[int]):
         metrics = self._metrics["train"]
         for name, values in logged.items():
@@ -224,13 +245,8 @@ class UpdateMixin:
             else:
                 metrics[name].append(values.mean().item())
         total = sum(norm.item() for norm in norms.values())
-        # A scaler of mixed precision provokes infinity, and leaves out the update.
-        if not math.isfinite(total) and self.accelerator.scaler is None:
-            raise ValueError(
-                f"The gradient holds NaN or infinity at step {self.state.global_step}: an update would spoil all of the "
-                f"weights. float16 (dtype, fp16) overflows where bfloat16 does not; else lower learning_rate="
-                f"{self.args.learning_rate}, and go on from the last checkpoint (resume_from_checkpoint=True)."
-            )
+        if not self._norms_later:
+            self._check_gradient(total)
         for step in steps if norms else ():
             share = norms[step].item() / total if step in norms and total > 0 else 0.0
             metrics[f"grad_share/step_{step}"].append(share)
