@@ -175,7 +175,9 @@ def test_checkpoints_with_the_optimizer_in_other_parts_are_refused(make_trainer,
     make_trainer(save_strategy="steps", save_steps=1).train()
     other = make_trainer(max_steps=2)
     monkeypatch.setattr(type(other), "optimizer_parts", "DeepSpeed ZeRO-2 with num_processes=4")
-    with pytest.raises(ValueError, match="of a run with neither FSDP nor DeepSpeed, which this one, with DeepSpeed ZeRO-2"):
+    with pytest.raises(
+        ValueError, match="of a run with neither FSDP nor DeepSpeed, which this one, with DeepSpeed ZeRO-2"
+    ):
         other.train(resume_from_checkpoint=True)
 
 

@@ -333,8 +333,10 @@ def test_parts_learn_what_the_whole_learns(plain, kind):
 def test_a_gradient_that_is_no_number_on_one_process_ends_both(tmp_path, kind):
     train(tmp_path, kind, ["spoiled"], 2)
     for rank in (0, 1):
-        assert (tmp_path / kind / "spoiled" / f"{rank}.txt").read_text().startswith(
-            "The gradient holds NaN or infinity at step 1"
+        assert (
+            (tmp_path / kind / "spoiled" / f"{rank}.txt")
+            .read_text()
+            .startswith("The gradient holds NaN or infinity at step 1")
         )
 
 
