@@ -131,8 +131,14 @@ def test_calls_that_others_make_change_neither_velocity_nor_gradient():
         ("FluxPipeline", ["FluxTransformerBlock", "FluxSingleTransformerBlock"]),
         ("WanPipeline/2.2", ["WanTransformerBlock"]),  # of both denoisers
         ("LTXPipeline", ["LTXVideoTransformerBlock"]),  # diffusers names none: those that it compiles one by one
-        # Of four names one class is not there.
-        ("StableDiffusionPipeline", ["BasicTransformerBlock", "ResnetBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]),
+        # Two more names are those of other models of the class.
+        (
+            "HunyuanVideoPipeline",
+            [
+                f"HunyuanVideo{name}"
+                for name in ("TransformerBlock", "SingleTransformerBlock", "PatchEmbed", "TokenRefiner")
+            ],
+        ),
     ],
 )
 def test_layers(name, expected):
