@@ -273,7 +273,13 @@ def train(folder: Path, kind: str, cases: list[str], processes: int, **environme
     path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [*(launch if processes > 1 else [sys.executable]), str(SCRIPT), str(folder), kind, *cases]
+    command = [
+        *([sys.executable] if kind == "plain" and processes == 1 else launch),
+        str(SCRIPT),
+        str(folder),
+        kind,
+        *cases,
+    ]
     outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
 
