@@ -28,9 +28,10 @@ from tiny import call_arguments, tiny_pipeline
 from trainer.observing import logged, randomize
 from transformers import TrainerCallback
 
-from trl_flow import FlowPolicy, G2RPOConfig, G2RPOTrainer
+from trl_flow import FlowGRPOConfig, FlowPolicy, G2RPOConfig, G2RPOTrainer
+from trl_flow.policy.encoders import Visitors
 from trl_flow.policy.memory import measured_peak
-from trl_flow.trainer.arguments import check_gradient_scale
+from trl_flow.trainer.arguments import check_gradient_scale, check_offload
 from trl_flow.trainer.transitions import trained_steps, transition_chunk
 
 
@@ -238,6 +239,17 @@ def test_what_is_away_changes_nothing(make_trainer, tmp_path, monkeypatch):
         # Away, then to and fro for each of two prompts.
         assert [len(places) for places in noted] == ([5, 5] if away else [0, 0])
     assert all(torch.equal(one, two) for one, two in zip(*trained, strict=True))
+
+
+def test_what_is_not_there_cannot_leave():
+    policy = FlowPolicy(tiny_sd3())
+    check_offload(policy, FlowGRPOConfig(use_cpu=True, offload_vae=True, offload_encoders=True))
+    policy.autoencoder = Visitors({})  # pixels
+    with pytest.raises(ValueError, match="offload_vae=True has no effect: StableDiffusion3Pipeline has none"):
+        check_offload(policy, FlowGRPOConfig(use_cpu=True, offload_vae=True))
+    policy.encoders = Visitors({})
+    with pytest.raises(ValueError, match="offload_encoders=True has no effect"):
+        check_offload(policy, FlowGRPOConfig(use_cpu=True, offload_encoders=True))
 
 
 def test_encoders_leave_once(make_trainer):

@@ -287,12 +287,13 @@ def _train(trainer, plan, n: int):
     members = min(n, trainer.num_generations)
     prompts = n // members
     device = trainer.accelerator.device
+    home = "cpu" if trainer.args.offload_trajectories else device
     rows = [trainer.train_dataset[number % len(trainer.train_dataset)] for number in range(prompts)]
     numbers = torch.arange(members)
     trainer._forward_backward(
         trainer.model,
         {
-            "nodes": torch.randn(prompts, 2 * members, *trainer.policy.latent_shape, device=device),
+            "nodes": torch.randn(prompts, 2 * members, *trainer.policy.latent_shape, device=home),
             "advantages": torch.ones(prompts, 1, members, device=device),
             "trained": torch.ones(prompts, 1, members, dtype=torch.bool, device=device),
             "steps": torch.tensor([plan.steps[len(plan.steps) // 2]]),

@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import Trainer
 
+from ..policy import FlowPolicy
 from ..prompts import PROMPT_SETS, as_prompts, load_prompts
 from ..rewards import load_reward, reward_name
 from ..rewards.remote import RemoteReward
@@ -120,6 +121,15 @@ def check_optimizer(args):
         Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as error:
         raise ValueError(f"optim={name!r}: {error}") from error
+
+
+def check_offload(policy: FlowPolicy, args):
+    """Refuses to move what a pipeline does not have, or has in weights of bitsandbytes' 8 bits, which cannot be moved."""
+    for name, models in (("offload_encoders", policy.encoders.models), ("offload_vae", policy.autoencoder.models)):
+        if getattr(args, name) and not models:
+            raise ValueError(
+                f"{name}=True has no effect: {type(policy.pipeline).__name__} has none that can be moved. Leave it unset."
+            )
 
 
 def check_gradient_scale(gradient_scale: float, distributed_type: DistributedType):

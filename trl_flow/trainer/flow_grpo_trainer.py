@@ -59,6 +59,7 @@ from ..rollout import Plan, Rollout, chain_plan, coefficients, log_prob, transit
 from .arguments import (
     check_gradient_scale,
     check_images,
+    check_offload,
     check_optimizer,
     check_precision,
     check_reward_columns,
@@ -284,6 +285,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, S
             )
             if dataset is not None and (self.policy.family.image == "required" or optional):
                 check_images(dataset, argument)
+        check_offload(self.policy, args)
         self.policy.divide_decoding(args.vae_slicing, args.vae_tiling)
         if self.policy.family.inferred or args.generation_kwargs:
             self._examine(train_dataset[0].get("image"))
