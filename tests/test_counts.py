@@ -85,15 +85,15 @@ def test_all_counts_are_those_that_are_committed(counts):
 
 
 def test_what_grows_is_found(counts, capsys, monkeypatch):
-    decode = FlowGRPOTrainer.decode
+    decode = FlowGRPOTrainer.start_decoding
 
     def wasteful(self, latents, conditioning):
         if self.model.training and latents.sum().item() != 0:
             self._gather(latents[0])
-            decode(self, latents[:3], conditioning[:3])
+            decode(self, latents[:3], conditioning[:3])()
         return decode(self, latents, conditioning)
 
-    monkeypatch.setattr(FlowGRPOTrainer, "decode", wasteful)
+    monkeypatch.setattr(FlowGRPOTrainer, "start_decoding", wasteful)
     assert counts.main(["--check", "--runs", "flow-grpo"]) == 1
     said = capsys.readouterr().out
     assert "have GROWN" in said and "have shrunk" not in said

@@ -142,8 +142,8 @@ def test_counts_are_those_of_a_run(command, settings, tmp_path):
     told = run_work(trainer)
     assert trainer._step == 0
     decoded = []
-    decode = trainer.decode
-    trainer.decode = lambda latents, conditioning: decoded.append(len(latents)) or decode(latents, conditioning)
+    decode = trainer.start_decoding
+    trainer.start_decoding = lambda latents, *args: decoded.append(len(latents)) or decode(latents, *args)
     trainer.train()
     assert trainer.state.global_step == num_updates(trainer) == settings.get("max_steps", 1)
     assert (told.scores, told.pictures) == (sum(scored), sum(decoded))
@@ -199,7 +199,7 @@ def test_estimate_counts_what_a_run_does(command, settings, tmp_path, monkeypatc
 
     trainer = make_trainer(command, tmp_path / "run", **settings)
     calls, evaluations, _ = [], [], trainer.policy.image_size  # which decodes a picture, once
-    forward, decode, evaluate = trainer.policy.forward, trainer.policy.decode, trainer.evaluate
+    forward, decode, evaluate = trainer.policy.forward, trainer.policy.start_decoding, trainer.evaluate
     monkeypatch.setattr(trainer.policy, "forward", lambda *args: calls.append(1) or forward(*args))
 
     def decoding(latents, batch_size=None, *args):
@@ -213,7 +213,7 @@ def test_estimate_counts_what_a_run_does(command, settings, tmp_path, monkeypatc
         del calls[before:]
         return metrics
 
-    monkeypatch.setattr(trainer.policy, "decode", decoding)
+    monkeypatch.setattr(trainer.policy, "start_decoding", decoding)
     trainer.evaluate = evaluating
     trainer.train()
     assert by_call.seconds["rollouts"] + by_call.seconds["training"] == len(calls)
