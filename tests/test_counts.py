@@ -55,7 +55,8 @@ def test_counts_follow_from_the_setting(committed):
     assert flow["pictures decoded"] == {"setup": 1, "rollout": 2 * 2 * 4, "evaluation": 3}
     assert flow["pictures scored"] == {"setup": 2 * 2, "rollout": 2 * 2 * 4, "evaluation": 2 * 3}
     assert flow["reward calls"] == {"setup": 2, "rollout": 2, "evaluation": 2}
-    assert (flow["encoder calls"]["rollout"], flow["encoder calls"]["evaluation"]) == (3 * 4, 3 * 3)
+    # The two CLIP encoders for each prompt; T5 is given one placeholder for all of them.
+    assert (flow["encoder calls"]["rollout"], flow["encoder calls"]["evaluation"]) == (2 * 4, 2 * 3)
     # One rollout for two updates of a prompt each: the second needs the old policy; the divergence, the base model.
     assert guided["velocity rows"] == {
         "sweep": 2 * (1 + 3 * 4),
