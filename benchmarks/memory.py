@@ -148,6 +148,8 @@ QWEN25_7B = {
     "num_key_value_heads": 4,
     "vocab_size": 152064,
 }
+# What it sees with.
+QWEN25_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
 
 
 def shapes_alone(make: Callable[[], nn.Module], mode: FakeTensorMode) -> nn.Module:
@@ -280,7 +282,7 @@ def qwen_image(mode: FakeTensorMode) -> tuple[DiffusionPipeline, list[nn.Module]
     tokenizer, _, tiny = qwen2_5_vl()
     with init_empty_weights():
         whole = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=QWEN25_7B, vision_config={"out_hidden_size": QWEN25_7B["hidden_size"]})
+            Qwen2_5_VLConfig(text_config=QWEN25_7B, vision_config=QWEN25_VISION)
         ).to(DTYPE)
     # The same width, and little inside.
     config = tiny.config
