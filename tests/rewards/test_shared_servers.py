@@ -347,6 +347,7 @@ class Relay:
 
     def __init__(self):
         self.to = None
+        self.dead = False
         self.connections = []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
@@ -365,6 +366,9 @@ class Relay:
                 client, _ = self.listener.accept()
                 server = socket.create_connection(self.to.server_address[:2])
                 self.connections += [client, server]
+                if self.dead:  # while this one was on its way
+                    self.die()
+                    return
                 for source, target in ((client, server), (server, client)):
                     threading.Thread(target=self.pump, args=(source, target), daemon=True).start()
 
@@ -375,6 +379,7 @@ class Relay:
             target.shutdown(socket.SHUT_WR)
 
     def die(self):
+        self.dead = True
         for connection in (self.listener, *self.connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)

@@ -67,7 +67,8 @@ def save_policy(policy, output_dir: str | Path, base_model: str | None, state_di
         else:
             with torch.device("meta"):
                 shell = type(denoiser).from_config(denoiser.config)
-            shell.load_state_dict(weights, assign=True)
+            # An average has no buffers.
+            shell.load_state_dict({**denoiser.state_dict(), **weights}, assign=True)
             shell.save_pretrained(folder)
 
 
