@@ -50,7 +50,7 @@ test: $(INSTALLED)  ## run the tests, minutes on two cores
 test-slow: $(INSTALLED)  ## run the slow tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
 
-benchmarks: $(INSTALLED)  ## measure the embedded model again: JSON, tables and pictures, in ten minutes
+benchmarks: $(INSTALLED)  ## measure the embedded model again: JSON, tables and pictures
 	for name in overhead rollout growth switches prompt_embeddings; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 models: $(INSTALLED)  ## find out again which of diffusers' pipelines train, for docs/models.md
