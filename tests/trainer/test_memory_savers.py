@@ -19,16 +19,18 @@ import weakref
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 from peft import LoraConfig
-from pipelines import tiny_sd3
+from pipelines import brightness, prompts, tiny_sd3
 from tiny import call_arguments, tiny_pipeline
+from trainer.conftest import SETTINGS
 from trainer.observing import logged, randomize
 from transformers import TrainerCallback
 
-from trl_flow import FlowGRPOConfig, FlowPolicy, G2RPOConfig, G2RPOTrainer
+from trl_flow import FlowGRPOConfig, FlowGRPOTrainer, FlowPolicy, G2RPOConfig, G2RPOTrainer
 from trl_flow.policy.encoders import Visitors
 from trl_flow.policy.memory import measured_peak
 from trl_flow.trainer.arguments import check_gradient_scale, check_offload
@@ -77,6 +79,55 @@ def test_half_precision_trains_as_float32_does(make_trainer, tmp_path):
 def test_gradients_of_other_precisions_are_not_scaled(make_trainer):
     for dtype in (torch.float32, torch.bfloat16):
         assert make_trainer(model=flux(dtype), **FLUX).policy.gradient_scale == 1
+
+
+@pytest.fixture
+def mixed_float16(monkeypatch):
+    """A trainer with `fp16: true` as it is on a GPU: on a CPU, accelerate has neither float16's autocast nor a scaler."""
+
+    class MixedFloat16(FlowGRPOTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
+            self.accelerator.native_amp = True
+            self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    return MixedFloat16
+
+
+@pytest.mark.parametrize("dtype, begins_with", [(torch.float32, 65536), (torch.float16, 1)])
+def test_mixed_precision_scales_what_the_policy_does_not(make_trainer, mixed_float16, tmp_path, dtype, begins_with):
+    """The policy's scale and 65536 together are infinity: no update would be made before the latter has come down."""
+    gradients = {}
+    for trainer_class in (FlowGRPOTrainer, mixed_float16):
+        keeping, output_dir = KeepGradient(), str(tmp_path / trainer_class.__name__)
+        model = flux(torch.float32 if trainer_class is FlowGRPOTrainer else dtype)
+        trainer = make_trainer(trainer_class, model=model, callbacks=[keeping], output_dir=output_dir, **FLUX)
+        randomize(trainer)
+        before = [p.detach().clone() for p in trainer._trainable]
+        trainer.train()
+        gradients[trainer_class] = keeping.gradient
+        assert any(not torch.equal(one, two) for one, two in zip(before, trainer._trainable, strict=True))
+    # No update was left out: that would have halved it.
+    assert trainer.accelerator.scaler.get_scale() == begins_with
+    exact = gradients[FlowGRPOTrainer]
+    assert (gradients[mixed_float16] - exact).norm() / exact.norm() < 0.04
+
+
+def test_float16_is_computed_in_float16(make_trainer, monkeypatch):
+    """Not in the bfloat16 that TRL sets on a GPU."""
+    for dtype, expected in ((torch.bfloat16, "bf16"), (torch.float16, "no")):
+        with monkeypatch.context() as there_is_a_gpu:
+            there_is_a_gpu.setattr(torch.cuda, "is_available", lambda: True)
+            given = FlowGRPOConfig(**{**SETTINGS, **FLUX}, output_dir=str(make_trainer.directory))
+        trainer = FlowGRPOTrainer(flux(dtype), args=given, reward_funcs=brightness, train_dataset=prompts(6))
+        assert given.bf16 and trainer.args.bf16 == (expected == "bf16")
+        assert trainer.accelerator.mixed_precision == expected
+    with pytest.raises(ValueError, match="bf16=True would compute in bfloat16.*bf16=False"):
+        make_trainer(model=flux(torch.float16), bf16=True, **FLUX)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="bf16=True would compute in bfloat16"):
+        make_trainer(model=flux(torch.float16), **FLUX)
 
 
 def test_overflow_ends_the_run_before_an_update(make_trainer):

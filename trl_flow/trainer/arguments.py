@@ -15,6 +15,7 @@
 """What a trainer is given: loaded, and refused with a reason where it cannot work."""
 
 import itertools
+import os
 from collections.abc import Callable
 
 import torch
@@ -139,6 +140,32 @@ def check_gradient_scale(gradient_scale: float, distributed_type: DistributedTyp
             f"dtype='float16' with {distributed_type.value}: gradients pass float16 weights scaled by {gradient_scale:g}, and "
             "parameters that are cut to pieces know no way back. Load the pipeline in bfloat16, or use multi_gpu (DDP)."
         )
+
+
+def settle_float16(gradient_scale: float, args):
+    """
+    Has float16 weights computed with in float16: TRL's default for GPUs, bfloat16, is switched off beside them.
+
+    Raises:
+        ValueError: If bfloat16 was asked for.
+    """
+    if gradient_scale == 1 or args.mixed_precision != "bf16":
+        return
+    if not args.bf16_by_default or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+        raise ValueError(
+            "bf16=True would compute in bfloat16, with 8 significant bits, with weights that dtype='float16' has loaded with 11. "
+            "Load the pipeline in bfloat16, or set bf16=False (fp16=True keeps some operations in float32)."
+        )
+    args.bf16, args.mixed_precision = False, "no"
+
+
+def start_scaler(scaler: torch.amp.GradScaler | None, gradient_scale: float):
+    """
+    Has mixed precision's scaling of the loss begin at 1 where gradients are scaled on their way through float16 weights.
+    The two multiply, and the scaler's usual beginning, 65536, would take many updates of infinity to come down.
+    """
+    if scaler is not None and gradient_scale != 1:
+        scaler.load_state_dict(scaler.state_dict() | {"scale": 1.0})
 
 
 def check_images(dataset: Dataset, argument: str):

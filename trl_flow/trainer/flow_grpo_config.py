@@ -472,6 +472,7 @@ class FlowGRPOConfig(_BaseConfig):
     )
 
     def __post_init__(self):
+        self.bf16_by_default = self.bf16 is None
         if self.bf16 is None and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
             # TRL turns bfloat16 on by default. On a CPU it is slower than float32 and costs accuracy for nothing.
             self.bf16 = False

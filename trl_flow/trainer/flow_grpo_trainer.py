@@ -66,6 +66,8 @@ from .arguments import (
     load_dataset_argument,
     load_rewards,
     own_prompts,
+    settle_float16,
+    start_scaler,
 )
 from .batch_size import BatchSize
 from .evaluation import EvaluationMixin
@@ -271,6 +273,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, S
             generation_kwargs=args.generation_kwargs,
             full_finetuning=args.full_finetuning,
         )
+        settle_float16(self.policy.gradient_scale, args)
         if args.attention_backend is not None:
             set_attention_backend(self.policy, args.attention_backend)
         if args.num_eval_inference_steps is None:
@@ -329,6 +332,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, S
                 "or --accelerate_config multi_gpu, or show it one GPU with CUDA_VISIBLE_DEVICES."
             )
         check_gradient_scale(self.policy.gradient_scale, self.accelerator.distributed_type)
+        start_scaler(self.accelerator.scaler, self.policy.gradient_scale)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             for name in ("sampling", "training"):
                 size = self.batch_sizes[name]
