@@ -202,7 +202,9 @@ def test_nothing_fits_into_nothing(estimator):
 
 def test_what_waits_on_the_cpu(estimator):
     phases = estimator.estimate(settings()).phases
-    away = estimator.estimate(settings(offload_trajectories=True, offload_vae=True)).phases
+    compared = settings(compared_bytes=MIB)
+    assert estimator.estimate(compared).phases["train"]["latents"] == phases["train"]["latents"] + MIB
+    away = estimator.estimate(replace(compared, offload_trajectories=True, offload_vae=True)).phases
     latent, vae = 4 * math.prod(estimator.policy.latent_shape), module_bytes(estimator.policy.pipeline.vae)
     # Each of four chains keeps what three steps begin and end with, and its end for decoding.
     assert phases["train"]["latents"] == 4 * 4 * latent and phases["decode"]["latents"] == 4 * 5 * latent

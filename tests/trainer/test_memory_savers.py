@@ -23,9 +23,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import AutoencoderMixin
+from methods import NFT
 from peft import LoraConfig
 from pipelines import brightness, prompts, tiny_sd3
 from tiny import call_arguments, tiny_pipeline
+from torch._subclasses.fake_tensor import FakeTensorMode
 from trainer.conftest import SETTINGS
 from trainer.observing import logged, randomize
 from transformers import TrainerCallback
@@ -34,7 +36,7 @@ from trl_flow import FlowGRPOConfig, FlowGRPOTrainer, FlowPolicy, G2RPOConfig, G
 from trl_flow.policy.encoders import Visitors
 from trl_flow.policy.memory import measured_peak
 from trl_flow.trainer.arguments import check_gradient_scale, check_offload
-from trl_flow.trainer.transitions import trained_steps, transition_chunk
+from trl_flow.trainer.transitions import TransitionChunk, trained_steps, transition_chunk
 
 
 # ---- Frozen weights in half precision ----
@@ -185,6 +187,25 @@ def test_trajectories_on_the_cpu_change_nothing(make_trainer, tmp_path):
         assert all(torch.equal(one, two) for one, two in zip(trained[0], others, strict=True))
 
 
+@pytest.mark.parametrize(
+    "method, settings",
+    [
+        (NFT, {"old_policy_decay": 0.6, "old_policy_decay_rate": 0.4}),
+        ((), {"objective": "guard", "num_iterations": 2}),
+        ((), {"objective": "dppo", "steps_per_generation": 2}),
+    ],
+)
+def test_what_is_compared_on_the_cpu_changes_nothing(make_trainer, tmp_path, method, settings):
+    trained = []
+    for offload in (False, True):
+        output_dir = str(tmp_path / str(offload))
+        trainer = make_trainer(*method, offload_trajectories=offload, output_dir=output_dir, max_steps=3, **settings)
+        trainer.train()
+        assert any(micro_batch["old"] is not None for micro_batch in trainer._buffered_inputs)
+        trained.append([p.detach().clone() for p in trainer._trainable])
+    assert all(torch.equal(one, two) for one, two in zip(*trained, strict=True))
+
+
 def test_each_batch_is_brought_to_where_training_is():
     """To another device than that of the latents: what is computed there has no values, but a place."""
     nodes = torch.arange(24.0).view(2, 3, 4)
@@ -202,7 +223,23 @@ def test_each_batch_is_brought_to_where_training_is():
     chunk = transition_chunk(inputs, step, slice(0, 8))
     places = {t.device.type for t in (chunk.latents, chunk.next_latents, chunk.row, *chunk.members)}
     assert places == {"meta"} and nodes.device.type == "cpu"
+    assert [index.tolist() for index in chunk.members_on_cpu] == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]]
     assert chunk.latents.shape == (2, 4) and chunk.next_latents.shape == (4, 4)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_is_compared_waits_where_the_latents_do(make_trainer, offload):
+    """On a GPU of which there are shapes alone. What is on the CPU cannot be looked up by indices that are elsewhere."""
+    trainer = make_trainer(offload_trajectories=offload)
+    there, here = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    rows = torch.zeros(1, 4)
+    chunk = TransitionChunk(0, 1.0, 0.0, rows, rows, [], there, (there,) * 3, (here,) * 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        members, kept = trainer._kept(chunk, {"velocity": torch.zeros(1, 4, device="cuda")})
+    assert kept["velocity"].device.type == ("cpu" if offload else "cuda")
+    assert members == ((here,) * 3 if offload else (there,) * 3)
+    old = torch.arange(8.0).view(2, 2, 2, 1)
+    assert trainer._recalled(chunk, {"velocity": old})["velocity"].item() == (0 if offload else 7)
 
 
 def test_a_rollout_has_its_latents_once(make_trainer):
@@ -229,10 +266,10 @@ def test_a_rollout_has_its_latents_once(make_trainer):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("offload", [False, True])
 def test_trajectories_leave_a_gpu(make_trainer, offload):
-    trainer = make_trainer(use_cpu=False, offload_trajectories=offload)
+    trainer = make_trainer(*NFT, old_policy_decay_rate=0.4, max_steps=2, use_cpu=False, offload_trajectories=offload)
     trainer.train()
     (inputs,) = trainer._buffered_inputs
-    assert inputs["nodes"].device.type == ("cpu" if offload else "cuda")
+    assert {t.device.type for t in (inputs["nodes"], inputs["old"]["velocity"])} == {"cpu" if offload else "cuda"}
 
 
 # ---- Encoders and VAE away ----

@@ -96,19 +96,19 @@ def test_resume_is_bit_exact(make_trainer, trainer_class, config_class, settings
                 assert entry.get(name) == expected.get(name), (k, name)
 
 
-@pytest.mark.parametrize("offload_nodes", [False, True])
-def test_a_rollout_is_loaded_to_where_it_was(make_trainer, offload_nodes):
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_rollout_is_loaded_to_where_it_was(make_trainer, offload):
     """On a GPU, for which `meta` stands here, the trainer looks transitions up by indices that it reads on the CPU."""
-    trainer = make_trainer(max_steps=1, steps_per_generation=2, offload_trajectories=offload_nodes)
+    trainer = make_trainer(max_steps=1, steps_per_generation=2, offload_trajectories=offload)
     trainer.train()
     first, second = trainer._buffered_inputs
     assert first["old"] is None and second["old"] is not None
     for micro_batch in (first, second):
-        placed = place_transitions(micro_batch, torch.device("meta"), offload_nodes)
+        placed = place_transitions(micro_batch, torch.device("meta"), offload)
         assert placed.keys() == micro_batch.keys()
         on_device = {name for name, value in placed.items() if isinstance(value, torch.Tensor) and value.is_meta}
-        assert on_device == {"advantages", "trained"} | ({"nodes"} if not offload_nodes else set())
-        assert placed["old"] is None or all(value.is_meta for value in placed["old"].values())
+        assert on_device == {"advantages", "trained"} | ({"nodes"} if not offload else set())
+        assert placed["old"] is None or all(value.is_meta != offload for value in placed["old"].values())
 
 
 def test_a_checkpoint_holds_nothing_of_a_former_one_by_more_processes(make_trainer):

@@ -265,7 +265,7 @@ class MemorySettings:
             they have encoded the prompts of a rollout.
         offload_vae (`bool`): Whether the VAE is there to decode alone.
         vae_slicing, vae_tiling (`bool`): Whether it decodes picture by picture, and each in tiles.
-        offload_trajectories (`bool`): Whether the latents of a rollout wait on the CPU.
+        offload_trajectories (`bool`): Whether the latents of a rollout wait on the CPU, and what is kept to compare with.
         compared_bytes (`int`): What is kept of the sampling policy, of all transitions of a rollout, to compare with.
         reference (`bool`): Whether the base model is evaluated beside what is trained (`beta` above 0).
         autocast (`torch.dtype` or `None`): Precision of mixed-precision training.
@@ -615,8 +615,9 @@ class MemoryEstimator:
         sweep = self.sweep(at_once, settings)
         most, kept, leaves, drawn = (sweep[name] for name in ("most", "kept", "leaves", "drawn"))
         if settings.offload_trajectories and on_gpu:
-            kept = 0
+            kept = compared = 0
         else:
+            compared = settings.compared_bytes
             # Put together when all are there, beside the noise and the leaves.
             most = max(most, 2 * kept + leaves + drawn)
         sweeps = -(-settings.prompts // at_once)
@@ -647,7 +648,7 @@ class MemoryEstimator:
             }
         else:
             encode |= {"latents": earlier, "activations": self.encoding(settings)}
-        trajectories = all_kept + settings.compared_bytes
+        trajectories = all_kept + compared
         gradients = trained * (1 + settings.several_processes)
         temporary = 0 if "fused" in settings.optim or "8bit" in settings.optim else trained
         return MemoryEstimate(

@@ -257,7 +257,7 @@ def compared_bytes(trainer, plan: Plan, updates: int) -> int:
         return 0
     latents, first = torch.zeros(1, *trainer.policy.latent_shape), torch.zeros(1, dtype=torch.int64)
     sigma, sigma_next = trainer.sigmas[step : step + 2].tolist()
-    chunk = TransitionChunk(step, sigma, sigma_next, latents, latents, [], first, (first, first, first))
+    chunk = TransitionChunk(step, sigma, sigma_next, latents, latents, [], first, (first,) * 3, (first,) * 3)
     transitions = sum(len(edges) for edges in plan.transitions.values())
     return transitions * sum(map(num_bytes, trainer.statistics(chunk, latents).values()))
 

@@ -117,8 +117,8 @@ class FlowGRPOConfig(_BaseConfig):
         vae_tiling (`bool`, *optional*, defaults to `False`):
             Whether the VAE decodes a picture that is larger than its tile in overlapping tiles. Pictures differ a little.
         offload_trajectories (`bool`, *optional*, defaults to `False`):
-            Whether the latents of a rollout wait on the CPU, from where training takes those of each batch. Nothing else
-            changes.
+            Whether the latents of a rollout, and the velocities that are kept of the sampling policy, wait on the CPU, from
+            where training takes those of each batch. Nothing else changes.
 
         > Parameters that control the rewards
 
@@ -332,8 +332,8 @@ class FlowGRPOConfig(_BaseConfig):
     offload_trajectories: bool = field(
         default=False,
         metadata={
-            "help": "Whether the latents of a rollout wait on the CPU, from where training takes those of each batch. Nothing "
-            "else changes."
+            "help": "Whether the latents of a rollout, and the velocities that are kept of the sampling policy, wait on the CPU, "
+            "from where training takes those of each batch. Nothing else changes."
         },
     )
 

@@ -50,7 +50,7 @@ class ForwardProcessTrainer(FlowGRPOTrainer):
 
     def _chunk(self, inputs, at, part):
         chunk, shape = super()._chunk(inputs, at, part), inputs["nodes"].shape[2:]
-        groups, _, members = (index.tolist() for index in chunk.members)
+        groups, _, members = (index.tolist() for index in chunk.members_on_cpu)
         noise = {
             group: seeded_noise(
                 self.args.seed,

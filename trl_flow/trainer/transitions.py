@@ -34,6 +34,7 @@ class TransitionChunk:
     conditioning: list  # of the n rows, as the policy takes it
     row: torch.Tensor  # (m,) parent of each child
     members: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # (m,) prompt, step and group member of each child
+    members_on_cpu: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # the same
     is_repeated: bool = False  # evaluated because other processes have more, and not trained on
 
 
@@ -140,6 +141,7 @@ def transition_chunk(inputs: dict, at: TrainedStep, part: slice | torch.Tensor |
         conditioning=[at.conditioning[prompt] for prompt in prompts],
         row=moved[4],
         members=(moved[2], moved[5], moved[6]),
+        members_on_cpu=(indices[2], indices[5], indices[6]),
         is_repeated=part is None,
     )
 
@@ -161,13 +163,14 @@ def select_transitions(inputs: dict, prompts: range, steps: torch.Tensor) -> dic
     }
 
 
-def place_transitions(inputs: dict, device: torch.device, offload_nodes: bool) -> dict:
+def place_transitions(inputs: dict, device: torch.device, offload: bool) -> dict:
     """A micro-batch from a file, where it was before: values on the device, what they are found by on the CPU."""
+    home = torch.device("cpu") if offload else device
     return inputs | {
-        "nodes": inputs["nodes"].to("cpu" if offload_nodes else device),
+        "nodes": inputs["nodes"].to(home),
         "advantages": inputs["advantages"].to(device),
         "trained": inputs["trained"].to(device),
-        "old": inputs["old"] and {name: values.to(device) for name, values in inputs["old"].items()},
+        "old": inputs["old"] and {name: values.to(home) for name, values in inputs["old"].items()},
     }
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from ..objective import kl_divergence
+from ..rollout import to_device
 from .rollouts import Stopwatch
 from .sharding import shard_of
 from .transitions import TrainedStep, TransitionChunk, trained_steps, transition_chunk
@@ -101,8 +102,8 @@ class UpdateMixin:
         Adds the gradient of one step of a micro-batch, chunk by chunk; `last` if no other step follows.
 
         Returns:
-            `list[tuple]`: Of each chunk its members, their statistics if later passes will compare with them, its loss and
-            its logs.
+            `list[tuple]`: Of each chunk its members and their statistics, if later passes will compare with them, its loss
+            and its logs.
         """
         args, old = self.args, inputs["old"]
         done = []
@@ -118,7 +119,7 @@ class UpdateMixin:
                     chunk,
                     inputs["advantages"][chunk.members],
                     new,
-                    now if old is None or chunk.is_repeated else {k: value[chunk.members] for k, value in old.items()},
+                    now if old is None or chunk.is_repeated else self._recalled(chunk, old),
                 )
                 loss = at.weight * self._step_weights[chunk.step] * losses.sum()
                 if args.beta > 0:
@@ -142,8 +143,8 @@ class UpdateMixin:
                     self._backward(loss / self.current_gradient_accumulation_steps)
             if chunk.is_repeated:
                 continue
-            kept = now if old is None and args.num_iterations > 1 else None
-            done.append((chunk.members, kept, loss.detach(), {name: value.detach() for name, value in logs.items()}))
+            members, kept = self._kept(chunk, now) if old is None and args.num_iterations > 1 else (None, None)
+            done.append((members, kept, loss.detach(), {name: value.detach() for name, value in logs.items()}))
         return done
 
     def _trained_steps(self, inputs: dict) -> list[TrainedStep]:
@@ -168,7 +169,7 @@ class UpdateMixin:
             chunk = self._chunk(inputs, at, part)
             with self.compute_loss_context_manager():
                 velocity = self.model(chunk.latents, chunk.sigma, chunk.conditioning)
-            return chunk.members, self.statistics(chunk, velocity)
+            return self._kept(chunk, self.statistics(chunk, velocity))
 
         for at in steps:
             for members, statistics in size.in_parts(functools.partial(evaluate, at), len(at.rows)):
@@ -177,6 +178,17 @@ class UpdateMixin:
                 evaluate(at, None)
             self._nfe += len(at.rows)
         return old
+
+    def _kept(self, chunk: TransitionChunk, statistics: dict) -> tuple[tuple, dict[str, torch.Tensor]]:
+        """A chunk's members, and the statistics of its transitions, where they wait to be compared with."""
+        if not self.args.offload_trajectories:
+            return chunk.members, statistics
+        return chunk.members_on_cpu, {name: value.cpu() for name, value in statistics.items()}
+
+    def _recalled(self, chunk: TransitionChunk, old: dict) -> dict[str, torch.Tensor]:
+        """Of kept statistics those of a chunk's transitions, on the device."""
+        members = chunk.members_on_cpu if self.args.offload_trajectories else chunk.members
+        return {name: to_device(value[members], chunk.latents.device) for name, value in old.items()}
 
     # ---- Memory and gradients ----
 
