@@ -48,7 +48,8 @@ test: $(INSTALLED)  ## run the tests, minutes on two cores
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)  ## run the slow tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
+	# a file's tests one after the other: many share what has taken minutes
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --dist loadfile -m slow
 
 benchmarks: $(INSTALLED)  ## measure the embedded model again: JSON, tables and pictures
 	for name in overhead rollout growth switches prompt_embeddings; do $(BIN)/python benchmarks/$$name.py || exit 1; done

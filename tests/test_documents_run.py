@@ -74,6 +74,7 @@ BENCHMARKS = {
     "dense_tails.py": "--steps 3 --group 2 --prompts 1 --parts 2",
     "full_size.py": "--tiny --model sd3.5-medium --method flow-grpo --max_steps 1",
     "learning.py": "--methods flow-grpo --seeds 1 -- --max_steps 1 --num_eval_prompts 4",
+    "memory.py": "--model sd3.5-medium --gpu_memory 24",
     "model_cards.py": "--methods dense-grpo --max_steps 2 --num_eval_prompts 8",
     "models.py": "--only FluxPipeline",
     "prompt_embeddings.py": "--num_prompts 10",
