@@ -24,7 +24,14 @@ from pipelines import redness
 from tiny import tiny_pipeline
 from torch import nn
 
-from trl_flow import FlowGRPOConfig, FlowGRPOTrainer
+from trl_flow import (
+    DenseGRPOConfig,
+    DenseGRPOTrainer,
+    DiffusionNFTConfig,
+    DiffusionNFTTrainer,
+    FlowGRPOConfig,
+    FlowGRPOTrainer,
+)
 from trl_flow.policy import FlowPolicy, embeddings, load_pipeline
 from trl_flow.policy.memory import (
     MemoryEstimator,
@@ -102,6 +109,47 @@ def test_sampling_training_and_decoding_need_what_they_are_said_to(policy, estim
     estimated = [find(4, settings()) for find in (estimator.sampling, estimator.training, estimator.decoding)]
     assert estimated == pytest.approx(measured, rel=0.1)
     assert measured[1] > 3 * measured[0]
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("StableDiffusion3Pipeline", {"height": 16, "width": 16}),
+        ("WanPipeline", {"height": 64, "width": 64, "num_frames": 33}),
+    ],
+)
+def test_checkpointing_of_other_families_saves_what_it_is_said_to(name, size):
+    policy = FlowPolicy(tiny_pipeline(name), guidance_scale=5.0, **size)
+    condition = policy.encode(PROMPTS[0])
+    rows, grid = torch.randn(4, *policy.latent_shape), policy.sigmas(4)
+    estimator = MemoryEstimator(policy, [condition], grid)
+
+    def train():
+        policy(rows, grid[2].item(), [condition] * 4).square().mean().backward()
+
+    train()  # gradients, which are there from the second one on
+    usual = measured_peak(train)
+    assert estimator.training(4, settings()) == pytest.approx(usual, rel=0.1)
+    policy.gradient_checkpointing_enable()
+    saving = measured_peak(train)
+    assert estimator.training(4, settings(activation_checkpointing=True)) == pytest.approx(saving, rel=0.1)
+    assert saving < 0.8 * usual
+
+
+def test_tiles():
+    """Of a tiny FLUX.1, whose pictures are of 7 x 7 tiles."""
+    pipeline = tiny_pipeline("FluxPipeline")
+    pipeline.vae.tile_sample_min_size, pipeline.vae.tile_latent_min_size = 16, 8
+    policy = FlowPolicy(pipeline, guidance_scale=3.5, height=64, width=64)
+    condition = policy.encode(PROMPTS[0])
+    rows, estimator = torch.randn(4, *policy.latent_shape), MemoryEstimator(policy, [condition], policy.sigmas(4))
+    measured = []
+    for tiling in (False, True):
+        policy.divide_decoding(slicing=False, tiling=tiling)
+        policy.decode(rows, 4, [condition] * 4)
+        measured.append(measured_peak(lambda: policy.decode(rows, 4, [condition] * 4)))
+        assert estimator.decoding(4, settings(vae_tiling=tiling)) == pytest.approx(measured[-1], rel=0.1)
+    assert measured[1] < 0.5 * measured[0]
 
 
 def test_checkpointing_saves_activations_and_is_off_again(policy, estimator):
@@ -241,6 +289,11 @@ RUNS = {
     "full_finetuning": {"full_finetuning": True},
     "full_finetuning, no reference, plain optimizer": {"full_finetuning": True, "beta": 0.0, "optim": "adamw_torch"},
     "precompute_prompts": {"precompute_prompts": True, "rollout_batch_size": 4},
+    "DenseGRPO": {"trainer_class": DenseGRPOTrainer, "config_class": DenseGRPOConfig},
+    "DiffusionNFT": {
+        **{"trainer_class": DiffusionNFTTrainer, "config_class": DiffusionNFTConfig, "old_policy_decay_rate": 0.4},
+        "activation_checkpointing": False,
+    },
 }
 
 
