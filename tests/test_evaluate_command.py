@@ -31,7 +31,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets import Dataset, Features, Value
-from diffusers import AuraFlowPipeline
+from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel
 from PIL import Image
 from tiny import call_arguments, tiny_pipeline
 
@@ -146,6 +146,7 @@ class TestArguments:
             ({"steps": ["0"]}, "at least 1"),
             ({"steps": ["4", "4"]}, "twice"),
             ({"batch_size": 0}, "batch_size=0"),
+            ({"batch_size": "many"}, "batch_size='many': expected a number of rows, at least 1, or 'auto'"),
             ({"no_base": True}, "nothing to evaluate"),
         ],
     )
@@ -160,6 +161,58 @@ class TestArguments:
         named = name_adapters(["a/run", "b/run", "b/checkpoint-10", "base", "user/repo@v1"])
         assert list(named) == ["run", "run_2", "b-checkpoint-10", "base_2", "repo"]
         assert named["run_2"] == ("b/run", None) and named["repo"] == ("user/repo", "v1")
+
+
+class LittleMemory:
+    """Transformers that are loaded from here on have room for so many rows, two for each picture with guidance."""
+
+    def __init__(self, monkeypatch, limit):
+        self.rows, evaluated = [], AuraFlowTransformer2DModel.forward
+
+        def forward(module, hidden_states, *args, **kwargs):
+            if len(hidden_states) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            self.rows.append(len(hidden_states))
+            return evaluated(module, hidden_states, *args, **kwargs)
+
+        monkeypatch.setattr(AuraFlowTransformer2DModel, "forward", forward)
+
+
+def assert_same_pictures(folder, expected):
+    files = sorted(path.relative_to(expected) for path in expected.rglob("*.png"))
+    assert files and files == sorted(path.relative_to(folder) for path in folder.rglob("*.png"))
+    for file in files:
+        pictures = [np.asarray(Image.open(place / file)).astype(int) for place in (folder, expected)]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+class TestMemory:
+    def test_a_batch_that_does_not_fit_is_halved(self, evaluate, tmp_path, monkeypatch, caplog):
+        """The last batch of five pictures has one, and is left as it is."""
+        assert evaluate(tmp_path / "enough", batch_size=4)[0] == 0
+        memory = LittleMemory(monkeypatch, limit=4)
+        assert evaluate(tmp_path / "little", batch_size=4)[0] == 0
+        assert_same_pictures(tmp_path / "little" / "pictures", tmp_path / "enough" / "pictures")
+        (warning,) = [record.message for record in caplog.records if "ran out of memory" in record.message]
+        assert "Sampling ran out of memory with 4 rows at a time, and goes on with 2" in warning
+        assert "batch_size=2 begins with as many" in warning
+        # Two steps of two, two and one picture, after a look at whether rows are mixed up.
+        made = memory.rows[4:10]
+        assert made == [4, 4, 4, 4, 2, 2]
+
+    def test_what_fits_is_found(self, evaluate, tmp_path, monkeypatch):
+        assert evaluate(tmp_path / "enough", batch_size=5)[0] == 0
+        memory = LittleMemory(monkeypatch, limit=10)
+        assert evaluate(tmp_path / "auto", batch_size="auto")[0] == 0
+        assert_same_pictures(tmp_path / "auto" / "pictures", tmp_path / "enough" / "pictures")
+        assert memory.rows.count(10) == 4  # all five pictures at once, by two models in two steps
+
+    def test_a_single_picture_that_does_not_fit(self, evaluate, tmp_path, monkeypatch):
+        LittleMemory(monkeypatch, limit=1)
+        with pytest.raises(
+            torch.OutOfMemoryError, match="single row. What helps: dtype=bfloat16, or a smaller height"
+        ):
+            evaluate(tmp_path / "out")
 
 
 class TestPictures:

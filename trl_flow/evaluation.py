@@ -16,12 +16,13 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageSequence
 
 from .rewards import RewardUnavailableError, score
+from .trainer.batch_size import AUTO, BatchSize
 
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class Evaluation:
 
     Pictures are rows: the first picture of the first prompt, its second one, ..., the first of the second prompt. Rows are
     taken in batches that are always cut at the same places, so that a picture is the same after a restart, to the last bit.
+    Where memory does not suffice for a batch, it is made in parts; then, and with `batch_size="auto"`, to rounding.
 
     Args:
         folder (`Path`): The directory.
@@ -62,7 +65,7 @@ class Evaluation:
             pipeline is to start from are in a column `image`.
         images_per_prompt (`int`, *optional*, defaults to 1): Pictures of each prompt.
         seed (`int`, *optional*, defaults to 0): Of the noise.
-        batch_size (`int`, *optional*, defaults to 4): Pictures that are made at once.
+        batch_size (`int` or `"auto"`, *optional*, defaults to 4): Pictures that are made at once; `"auto"` finds what fits.
         reward_batch_size (`int`, *optional*, defaults to 32): Pictures that are scored at once.
         versions (`dict[str, str]`, *optional*): Of the rewards, as [`digest`] makes them: the same name may stand for other
             settings, code or weights in the next evaluation, whose scores are others.
@@ -72,9 +75,18 @@ class Evaluation:
     dataset: Dataset
     images_per_prompt: int = 1
     seed: int = 0
-    batch_size: int = 4
+    batch_size: int | str = 4
     reward_batch_size: int = 32
     versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._at_once = BatchSize(
+            "Sampling", "batch_size", self.batch_size, "dtype=bfloat16, or a smaller height and width"
+        )
+
+    def make_one_by_one(self):
+        """For pipelines that do not take several prompts at once."""
+        self.batch_size = self._at_once.rows = 1
 
     @property
     def num_pictures(self) -> int:
@@ -93,7 +105,7 @@ class Evaluation:
         """Batches of rows of which a picture is missing."""
         return [
             batch
-            for batch in _batches(self.num_pictures, self.batch_size)
+            for batch in _batches(self.num_pictures, 1 if self.batch_size == AUTO else self.batch_size)
             if not all(self.picture(model, steps, row).is_file() for row in batch)
         ]
 
@@ -117,15 +129,24 @@ class Evaluation:
             `int`: How many pictures a batch had.
         """
         sampling = {**sampling, "num_inference_steps": steps, "output_type": "pil"}
+        if self.batch_size == AUTO:
+            trial = {**sampling, "num_inference_steps": min(steps, 2)}
+            self._at_once.find(
+                lambda n: self._sample(pipeline, [row % self.num_pictures for row in range(n)], trial), pipeline.device
+            )
+            self.batch_size = self._at_once.rows
         for batch in self.missing(model, steps):
-            for row, picture in zip(batch, self._sample(pipeline, batch, sampling), strict=True):
+            parts = self._at_once.in_parts(
+                lambda part, batch=batch: self._sample(pipeline, batch[part], sampling), len(batch)
+            )
+            for row, picture in zip(batch, itertools.chain(*parts), strict=True):
                 path = self.picture(model, steps, row)
                 if not path.is_file():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     save_picture(picture, path)
             yield len(batch)
 
-    def _sample(self, pipeline: "DiffusionPipeline", rows: range, sampling: dict) -> list:
+    def _sample(self, pipeline: "DiffusionPipeline", rows: Sequence[int], sampling: dict) -> list:
         samples = [self.dataset[self.place(row)[0]] for row in rows]
         if len(rows) > 1:
             prompts = [sample["prompt"] for sample in samples]

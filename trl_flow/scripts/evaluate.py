@@ -82,8 +82,8 @@ class EvaluateArguments:
             Pictures of each prompt.
         seed (`int`, *optional*, defaults to `0`):
             Of the noise, which is the same for all models and numbers of steps, and of the bootstrap.
-        batch_size (`int`, *optional*, defaults to `4`):
-            Pictures that are made at once.
+        batch_size (`int` or `"auto"`, *optional*, defaults to `4`):
+            Pictures that are made at once; `"auto"` finds what fits. What runs out of memory is made in smaller batches.
         reward_batch_size (`int`, *optional*, defaults to `32`):
             Pictures that are scored at once.
         guidance_scale (`float`, *optional*):
@@ -188,7 +188,13 @@ class EvaluateArguments:
             "help": "Of the noise, which is the same for all models and numbers of steps, and of the bootstrap."
         },
     )
-    batch_size: int = field(default=4, metadata={"help": "Pictures that are made at once."})
+    batch_size: str = field(
+        default=4,
+        metadata={
+            "help": "Pictures that are made at once; `auto` finds what fits. What runs out of memory is made in smaller "
+            "batches."
+        },
+    )
     reward_batch_size: int = field(default=32, metadata={"help": "Pictures that are scored at once."})
     guidance_scale: float | None = field(default=None, metadata={"help": "Guidance scale."})
     height: int | None = field(default=None, metadata={"help": "Height in pixels."})
@@ -218,7 +224,10 @@ class EvaluateArguments:
         for name in ("prompts", "rewards"):
             if not getattr(self, name):
                 raise ValueError(f"name --{name}: --prompts shapes --rewards shapes,shapes_strict")
-        for name in ("images_per_prompt", "batch_size", "reward_batch_size", "num_prompts"):
+        from ..trainer.batch_size import parse_batch_size
+
+        self.batch_size = parse_batch_size("batch_size", self.batch_size)
+        for name in ("images_per_prompt", "reward_batch_size", "num_prompts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1")
@@ -428,8 +437,8 @@ def make_pictures(
             if model != BASE:
                 adapter, revision = adapters[model]
                 load_trained(pipeline, adapter, revision=revision)
-            if evaluation.batch_size > 1 and not takes_batches(pipeline, evaluation.dataset["prompt"][:], sampling):
-                evaluation.batch_size = 1
+            if evaluation.batch_size != 1 and not takes_batches(pipeline, evaluation.dataset["prompt"][:], sampling):
+                evaluation.make_one_by_one()
             for steps in args.steps:
                 bar.set_description(f"{model}, {steps} steps")
                 for count in evaluation.make_pictures(pipeline, model, steps, sampling):

@@ -35,6 +35,10 @@ MOST_ROWS = 1024
 # Of the free memory; the rest is for what a measurement of two rows does not see, as holes between what is kept.
 USED_SHARE = 0.9
 
+TRAINING_HELP = (
+    "activation_checkpointing, precompute_prompts, dtype=bfloat16, quantization, or a smaller height and width"
+)
+
 # Beside what torch and accelerate know as such: of libraries that allocate by themselves.
 NO_MEMORY = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 
@@ -49,14 +53,15 @@ class BatchSize:
         what (`str`): What the forward is for, as it begins a sentence.
         name (`str`): The setting.
         setting (`int` or `"auto"`): Its value.
+        helps (`str`, *optional*): What makes a single row fit.
 
     Attributes:
         rows (`int`, *optional*): Rows of a forward; `None` until [`BatchSize.find`] has found them.
         shared (`bool`): Whether other processes take part in each forward: then nothing can be tried again.
     """
 
-    def __init__(self, what: str, name: str, setting: int | str):
-        self.what, self.name, self.setting = what, name, setting
+    def __init__(self, what: str, name: str, setting: int | str, helps: str = TRAINING_HELP):
+        self.what, self.name, self.setting, self.helps = what, name, setting, helps
         self.rows = None if setting == AUTO else setting
         self.shared = False
         self._failed: int | None = None
@@ -136,8 +141,7 @@ class BatchSize:
             ) from error
         if rows == 1:
             raise torch.OutOfMemoryError(
-                f"{self.what} ran out of memory with a single row. What helps: activation_checkpointing, precompute_prompts, "
-                f"dtype=bfloat16, quantization, or a smaller height and width. It was: {error}"
+                f"{self.what} ran out of memory with a single row. What helps: {self.helps}. It was: {error}"
             ) from error
         self.rows, self._failed = rows // 2, self._failed or rows
 
