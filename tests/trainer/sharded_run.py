@@ -30,7 +30,7 @@ if kind == "fsdp2":
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_STATE_DICT_TYPE": os.environ.get("STATE_DICT_TYPE", "FULL_STATE_DICT"),
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     }
 elif kind.startswith("zero"):

@@ -341,6 +341,19 @@ def test_parts_learn_what_the_whole_learns(plain, kind):
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_a_checkpoint_in_parts_goes_on(tmp_path):
+    """Also with another number of processes."""
+    kept, resumed = (tmp_path / "fsdp2" / case / "adapter_model.safetensors" for case in ("kept", "resumed"))
+    train(tmp_path, "fsdp2", ["kept", "resumed"], 2, STATE_DICT_TYPE="SHARDED_STATE_DICT")
+    assert len(list((tmp_path / "fsdp2" / "kept" / "checkpoint-2" / "optimizer_0").glob("*.distcp"))) == 2
+    assert kept.read_bytes() == resumed.read_bytes()
+    resumed.unlink()
+    train(tmp_path, "fsdp2", ["resumed"], 1, STATE_DICT_TYPE="SHARDED_STATE_DICT")
+    assert kept.read_bytes() == resumed.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["plain", "fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
 def test_a_gradient_that_is_no_number_on_one_process_ends_both(tmp_path, kind):
     train(tmp_path, kind, ["spoiled"], 2)
