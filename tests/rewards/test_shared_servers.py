@@ -260,6 +260,24 @@ def test_devices_that_make_no_sense():
         RewardServer(Copy(), port=0, device="cuda:99")
 
 
+def test_a_device_for_what_loads_nothing(monkeypatch, caplog):
+    monkeypatch.setattr("trl_flow.rewards.server.check_device", lambda device: None)  # as if it were there
+
+    def function(images, **kwargs):
+        return [0.0] * len(images)
+
+    class Computes(Reward):
+        __call__ = function
+
+    for reward, device, warned in (
+        *((function, "cuda:1", True), (Computes(), "cuda:1", True), (Copy(), "cuda:1", False)),
+        *((function, "cpu", False), (Computes(), None, False)),
+    ):
+        caplog.clear()
+        RewardServer(reward, port=0, device=device, spec="my.rewards.some")
+        assert ("Reward 'some' loads nothing, and so nothing onto cuda:1" in caplog.text) == warned
+
+
 # ---- Several servers ----
 
 

@@ -171,6 +171,12 @@ class RewardServer(ThreadingHTTPServer):
                 f"Reward {self.name!r} is a function, which is called once at a time and on no device: give one device, or "
                 "none."
             )
+        elsewhere = [name for name in devices if name is not None and torch.device(name).type != "cpu"]
+        if elsewhere and not _loads(reward):
+            logger.warning(
+                f"Reward {self.name!r} loads nothing, and so nothing onto {', '.join(elsewhere)}: it computes wherever its code "
+                "says."
+            )
         self.reward = reward
         self.scope = getattr(reward, "scope", "sample")
         self.requires = tuple(getattr(reward, "requires", ()))
@@ -603,6 +609,12 @@ class _Copy:
         self.call = _without_exit(reward)
         self.threads = RewardThreads()
         self.ready = False
+
+
+def _loads(reward: Callable) -> bool:
+    """Whether a reward has something to load, onto the device that it is told."""
+    prepare = getattr(reward, "prepare", Reward.prepare)
+    return getattr(prepare, "__func__", prepare) is not Reward.prepare
 
 
 class _Turns:
