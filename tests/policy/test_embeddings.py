@@ -53,6 +53,7 @@ def family_of(name):
 
 
 CASES = [name for name in TINY_PIPELINES if family_of(name)]
+SOME_CASES = ("StableDiffusionXLPipeline", "FluxKontextPipeline", "WanPipeline/2.2")
 
 
 @pytest.fixture(autouse=True)
@@ -250,6 +251,32 @@ def test_each_prompt_is_encoded_once():
     assert len(stored) == 3 and runs["text_encoder"] == 6
     longer = encode_prompts(policy, dataset_of(["red", "green", "two", "blue"]), chunk_size=3)
     assert len(longer) == 4 and runs["text_encoder"] == 8  # the first three as before
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in SOME_CASES)) for name in CASES]
+)
+@torch.no_grad()
+def test_conditions_of_every_family_with_its_denoisers_gone(name):
+    """Neither encoding nor decoding computes with one, or beside one: from the first to the last they are on no device."""
+    policy, image = make_policy(name)
+    images = image and [image.convert("RGB")] * 2
+    expected, latents = policy.conditioning(PROMPTS, images), torch.randn(2, *policy.latent_shape)
+    pipeline = tiny_pipeline(name)
+    for component in family_of(name).components:
+        if getattr(pipeline, component, None) is not None:
+            getattr(pipeline, component).to("meta")
+    other, _ = make_policy(name, pipeline, device="cpu")
+    assert all(parameter.is_meta for parameter in other.parameters()) and other.device.type == "cpu"
+    conditions = other.conditioning(PROMPTS, images)
+    for one, two in zip(expected, conditions, strict=True):
+        assert_same(one.answers, two.answers)
+    assert torch.equal(policy.sigmas(4), other.sigmas(4))
+    decoded = [each.decode(latents, conditioning=conditions) for each in (policy, other)]
+    assert torch.equal(*decoded)
+    for encoder in other.encoders.models.values():
+        encoder.to("meta")
+    assert {pipeline._execution_device for pipeline in (other._encoder, other._idle, other._query)} == {other.device}
 
 
 def test_pictures_are_told_apart():

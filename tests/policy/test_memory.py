@@ -211,6 +211,26 @@ def test_encoders_leave_for_another_memory(estimator):
     assert estimator.estimate(settings()).phases["train"]["encoders"] == encoders
 
 
+def test_denoisers_leave_while_prompts_are_precomputed(estimator):
+    """With their adapter, which has a moving average; but not where all is one memory, nor in weights that cannot be moved."""
+    usual, (denoiser,) = estimator.estimate(settings()).phases["encode"], estimator.policy.hosts.models
+    trained = estimator.trained_bytes
+    assert trained > 0 and usual["trained weights"] == 2 * trained and usual["denoiser"] > 0
+    for changes, average in (({}, trained), ({"ema": False}, 0)):
+        phases = estimator.estimate(settings(precompute_prompts=True, **changes)).phases
+        assert (phases["encode"]["denoiser"], phases["encode"]["trained weights"]) == (0, average)
+        assert phases["train"]["denoiser"] == usual["denoiser"]
+    here = [settings(offload_encoders=True), settings(precompute_prompts=True, host=False)]
+    found = [estimator.estimate(one).phases["encode"] for one in here]
+    denoiser.is_loaded_in_8bit = True
+    try:
+        found.append(estimator.estimate(settings(precompute_prompts=True)).phases["encode"])
+    finally:
+        del denoiser.is_loaded_in_8bit
+    for encode in found:
+        assert (encode["denoiser"], encode["trained weights"]) == (usual["denoiser"], 2 * trained)
+
+
 # ---- Advice ----
 
 

@@ -14,8 +14,10 @@
 
 """Settings that save memory: what they change, which is nothing or rounding, and what they refuse."""
 
+import functools
 import math
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -33,6 +35,7 @@ from trainer.observing import logged, randomize
 from transformers import TrainerCallback
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer, FlowPolicy, G2RPOConfig, G2RPOTrainer
+from trl_flow.policy.doctor import Diagnosis, examine_policy
 from trl_flow.policy.encoders import Visitors
 from trl_flow.policy.memory import measured_peak
 from trl_flow.trainer.arguments import check_gradient_scale, check_offload
@@ -338,6 +341,118 @@ def test_what_is_not_there_cannot_leave():
     policy.encoders = Visitors({})
     with pytest.raises(ValueError, match="offload_encoders=True has no effect"):
         check_offload(policy, FlowGRPOConfig(use_cpu=True, offload_encoders=True))
+
+
+class Places:
+    """
+    Where each model of a pipeline is, of two places that are both the CPU: home, of which the code says "cpu", and the device,
+    of which it has torch's object. A model that is at home holds no numbers. Notes what was on the device when something ran.
+    """
+
+    def __init__(self, pipeline):
+        self.away, self.beside, self.moves = {}, {}, Counter()
+        self.models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        for name, model in self.models.items():
+            model.to = functools.partial(self.move, name)
+            for module in model.modules():
+                module.register_forward_hook(functools.partial(self.note, name))
+
+    def move(self, name, place):
+        tensors = [t for t in self.models[name].state_dict(keep_vars=True).values() if t.is_floating_point()]
+        with torch.no_grad():
+            if isinstance(place, str) and name not in self.away:
+                self.moves[name] += 1
+                self.away[name] = [(tensor, tensor.clone()) for tensor in tensors]
+                for tensor in tensors:
+                    tensor.fill_(math.nan)
+            elif not isinstance(place, str) and name in self.away:
+                self.moves[name] += 1
+                for tensor, kept in self.away.pop(name):
+                    tensor.copy_(kept)
+
+    def note(self, name, *_):
+        self.beside.setdefault(name, set()).update(self.models.keys() - self.away.keys())
+
+
+ENCODERS = {"text_encoder", "text_encoder_2"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"full_finetuning": True, "beta": 0.1, "peft_config": None}])
+def test_encoders_and_denoisers_are_not_there_together(make_trainer, tmp_path, monkeypatch, settings):
+    """With `precompute_prompts`. Nothing that is trained changes; adapters move with their model, and references too."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    settings = {"guidance_scale": 2.0, "ema_decay": 0.5, "max_steps": 2, "eval_dataset": prompts(2)} | settings
+    trained, rewards = [], []
+    for name in ("usual", "precomputed", "from disk"):
+        precompute, pipeline = name != "usual", tiny_sd3()
+        places = Places(pipeline)
+        settings["output_dir"] = str(tmp_path / name)
+        trainer = make_trainer(model=pipeline, precompute_prompts=precompute, **settings)
+        assert places.away.keys() == (ENCODERS if precompute else set())
+        trainer.train()
+        trained.append([p.detach().clone() for p in trainer._trainable])
+        rewards.append(logged(trainer, "eval_reward"))
+        # Loaded at home, or brought there; back; and the same again for the prompts of the run, once for both datasets.
+        assert places.moves["transformer"] == {"usual": 0, "precomputed": 4, "from disk": 2}[name]
+        for reference in trainer.policy._references.values():  # copied with where its model was
+            assert reference.to.func.__self__.moves["transformer"] == places.moves["transformer"]
+        everything = {*places.models}
+        assert places.beside["transformer"] == (everything - ENCODERS if precompute else everything)
+        assert places.beside["text_encoder"] == (everything - {"transformer"} if precompute else everything)
+    assert rewards[0] == rewards[1] == rewards[2]
+    for others in trained[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(trained[0], others, strict=True))
+
+
+def test_they_take_turns_until_prompts_are_precomputed(make_trainer, tmp_path, monkeypatch):
+    """Whatever is asked of a trainer before it trains: an evaluation, or the doctor's checks, which call the whole pipeline."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rewards = []
+    for precompute in (False, True):
+        pipeline = tiny_sd3()
+        places = Places(pipeline)
+        settings = {"eval_dataset": prompts(2), "generation_kwargs": {"skip_layer_guidance_scale": 2.8}}
+        trainer = make_trainer(model=pipeline, precompute_prompts=precompute, **settings)
+        rewards.append(trainer.evaluate()["eval_reward"])
+        examine_policy(trainer.policy, Diagnosis("tiny"))
+        policy = trainer.policy
+        policy.encode_anew("a green square")
+        velocity = policy(torch.zeros(1, *policy.latent_shape), 0.5, policy.conditioning(["a green square"]))
+        assert velocity.isfinite().all()
+        if precompute:
+            assert places.away.keys() == ENCODERS
+            assert not ENCODERS & places.beside["transformer"] and "transformer" not in places.beside["text_encoder"]
+            trainer.train()
+            moves = places.moves["transformer"]
+            assert policy.encode("a new prompt").num_bytes and places.moves["transformer"] == moves
+            assert places.beside["text_encoder"] == {*places.models}
+    assert rewards[0] == rewards[1]
+
+
+def test_what_cannot_be_moved_stays():
+    pipeline = tiny_sd3()
+    places = Places(pipeline)
+    pipeline.transformer.is_loaded_in_8bit = True
+    policy = FlowPolicy(pipeline, max_sequence_length=2, device="cpu")
+    policy.offload_encoders(alone=True)
+    policy.conditioning(["a red circle"])
+    assert places.moves["transformer"] == 0 and places.moves["text_encoder"] == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_denoisers_leave_a_gpu(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    pipeline = tiny_sd3()
+    noted = []
+    for model in (pipeline.text_encoder, pipeline.transformer):
+        model.register_forward_pre_hook(
+            lambda *_: noted.append([pipeline.text_encoder.device.type, pipeline.transformer.device.type])
+        )
+    trainer = make_trainer(model=pipeline, precompute_prompts=True, use_cpu=False)
+    trainer.train()
+    assert noted[0] == ["cuda", "cpu"] and noted[-1] == ["cpu", "cuda"]
+    assert all(places in (["cuda", "cpu"], ["cpu", "cuda"]) for places in noted)
+    assert {p.device.type for p in trainer._trainable} == {"cuda"}
 
 
 def test_encoders_leave_once(make_trainer):

@@ -85,6 +85,41 @@ def test_a_quantised_base_is_trained(make_trainer, bitsandbytes_on_cpu, tmp_path
         assert torch.equal(one, two), key
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_base_makes_room_for_encoders(
+    make_trainer, bitsandbytes_on_cpu, tmp_path, monkeypatch, quantization
+):
+    """With `precompute_prompts`: and comes back as the same parameters, of which nothing has changed."""
+    if quantization == "int8":
+        pytest.importorskip("torchao")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    model = str(tmp_path / "model")
+    tiny_pipeline("FluxPipeline").save_pretrained(model)
+    given = FlowScriptArguments(model_name_or_path=model, dtype="bfloat16", quantization=quantization)
+    trained = []
+    for precompute in (False, True):
+        pipeline = load_pipeline(model, **model_init_kwargs(given, FlowGRPOConfig(use_cpu=True)))
+        noted, move = [], pipeline.transformer.to
+        pipeline.transformer.to = lambda place, noted=noted, move=move: (noted.append(str(place)), move(place))
+        settings = settings_of("FluxPipeline") | {"max_steps": 2, "output_dir": str(tmp_path / str(precompute))}
+        settings.pop("image", None)
+        trainer = make_trainer(model=pipeline, precompute_prompts=precompute, **settings)
+        parameters, before = list(trainer.policy.parameters()), frozen_bytes(trainer.policy)
+        trainer.train()
+        assert len(noted) == (4 if precompute else 1)
+        assert all(one is two for one, two in zip(parameters, trainer.policy.parameters(), strict=True))
+        after = frozen_bytes(trainer.policy)
+        assert before and all(torch.equal(after[key], kept) for key, kept in before.items())
+        trained.append([p.detach().clone() for p in trainer._trainable])
+    assert all(torch.equal(one, two) for one, two in zip(*trained, strict=True))
+    if quantization == "int8":  # bitsandbytes has no kernels for `meta`
+        trainer.policy.hosts.leave("meta")
+        weights = list(trainer.policy.parameters())
+        parts = [getattr(weight, name) for weight in weights for name in getattr(weight, "tensor_data_names", ())]
+        assert parts and all(tensor.is_meta for tensor in weights + parts)
+
+
 def test_gradients_pass_quantised_float16(bitsandbytes_on_cpu, tmp_path):
     """Scaled, as they pass others. Before its first adapter FLUX.2 has 4-bit weights alone: its precision is another's word."""
     tiny_pipeline("Flux2Pipeline").save_pretrained(tmp_path)

@@ -250,7 +250,7 @@ def examine_policy(
         with _trying(f"asking for its grid of {num_inference_steps} steps"):
             sigmas = policy.sigmas(num_inference_steps)
         with _trying("encoding the prompt"):
-            conditions = [policy.encode(prompt, image) for prompt in PROMPTS]
+            conditions = policy.conditioning(PROMPTS, [image] * len(PROMPTS))
         with _trying("the stock pipeline's own call"):
             noted, pictures = _stock_run(policy, num_inference_steps, image)
         with _trying("evaluating the velocity at the stock pipeline's latents"):
@@ -303,7 +303,7 @@ def _stock_run(policy: FlowPolicy, num_inference_steps: int, image) -> tuple[lis
     if guider is not None:
         pipeline.guider = guider.new(guidance_scale=policy.guidance_scale)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), policy.whole():
             pictures = pipeline(
                 prompt=PROMPTS[0],
                 num_inference_steps=num_inference_steps,

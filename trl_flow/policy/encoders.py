@@ -12,12 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Frozen models that a pipeline encodes and decodes with, and their leave from the device while they are not needed."""
+"""What a pipeline encodes, denoises and decodes with, and its leave from the device while it is not needed."""
 
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -34,6 +34,32 @@ def encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     a pipeline runs afterwards (denoisers, decoders, connectors, vocoders) is diffusers' own.
     """
     return {name: model for name, model in pipeline.components.items() if isinstance(model, PreTrainedModel)}
+
+
+def can_move(model: nn.Module) -> bool:
+    """8-bit weights of bitsandbytes are where they were loaded, and cannot be moved."""
+    return not getattr(model, "is_loaded_in_8bit", False)
+
+
+def move(models: Iterable[nn.Module], device: torch.device | str):
+    """Moves those that can be moved."""
+    for model in filter(can_move, models):
+        model.to(device)
+
+
+@contextmanager
+def before_running(model: nn.Module, call: Callable[[], object]) -> Iterator[None]:
+    """Context in which `call` precedes each forward pass of a model and of its parts."""
+
+    def hook(*_):
+        call()
+
+    handles = [module.register_forward_pre_hook(hook) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Memory:
@@ -88,6 +114,40 @@ def _input_key(args: tuple, kwargs: dict) -> tuple | None:
     return len(args), *((find_signature(v, None), v.dtype, v.device) if torch.is_tensor(v) else v for v in values)
 
 
+class Hosts:
+    """
+    Models that leave the device to [`Visitors`], where there is no room for both.
+
+    Args:
+        models (`list[torch.nn.Module]`): The models.
+        device (`torch.device` or `str`, *optional*): Where they compute when they are elsewhere, until they first [`come`].
+            Default: they are there.
+    """
+
+    def __init__(self, models: list[nn.Module], device: torch.device | str | None = None):
+        self.models = models
+        self._left = None if device is None else torch.empty(0, device=device).device
+
+    @property
+    def away(self) -> bool:
+        return self._left is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where they compute: also while they are elsewhere."""
+        return next(self.models[0].parameters()).device if self._left is None else self._left
+
+    def leave(self, home: torch.device | str):
+        if not self.away:
+            self._left = self.device
+            move(self.models, home)
+
+    def come(self):
+        if self.away:
+            move(self.models, self._left)
+            self._left = None
+
+
 class Visitors:
     """
     Frozen models that are on the device only while they are needed, once they have been told to [`leave`].
@@ -97,57 +157,62 @@ class Visitors:
     """
 
     def __init__(self, models: dict[str, nn.Module]):
-        # 8-bit weights of bitsandbytes are where they were loaded, and cannot be moved.
-        self.models = {name: model for name, model in models.items() if not getattr(model, "is_loaded_in_8bit", False)}
+        self.models = {name: model for name, model in models.items() if can_move(model)}
         self.memory = Memory(models)
         self.home: torch.device | str | None = None
+        # Those that are where these are not.
+        self.hosts: Hosts | None = None
         self._here = True
+        self._visits = 0
 
     def spare(self, call: Callable[[], object]):
         """Models that `call` runs will not leave: a few pipelines encode in methods that no one can answer for."""
         used = set()
-        hooks = [
-            module.register_forward_pre_hook(lambda *_, name=name: used.add(name))
-            for name, model in self.models.items()
-            for module in model.modules()
-        ]
-        try:
+        with ExitStack() as stack:
+            for name, model in self.models.items():
+                stack.enter_context(before_running(model, functools.partial(used.add, name)))
             call()
-        finally:
-            for hook in hooks:
-                hook.remove()
         self.models = {name: model for name, model in self.models.items() if name not in used}
 
     def leave(self, home: torch.device | str):
-        """Moves the models to `home`, where they wait for the next [`come`]."""
+        """Moves the models to `home`, where they wait for the next [`come`]. Their hosts come back."""
         self.home, self._here = home, False
         self.memory.forget()
-        for model in self.models.values():
-            model.to(home)
+        move(self.models.values(), home)
+        if self.hosts is not None:
+            self.hosts.come()
 
     def come(self, device: torch.device):
-        """Moves models that have left to `device`, where they stay to the end of the [`visit`]."""
+        """Moves models that have left to `device`, where they stay to the end of the [`visit`]. Their hosts leave."""
         if not self._here:
             self._here = True  # in part, even if there is no room for all of them
-            for model in self.models.values():
-                model.to(device)
+            if self.hosts is not None:
+                self.hosts.leave(self.home)
+            move(self.models.values(), device)
 
     @contextmanager
     def visit(self) -> Iterator[None]:
-        """Context at whose end models that had left, and came, leave again."""
+        """Context at whose end models that had left, and came, leave again. Of one within another, it is the outer's end."""
+        self._visits += 1
         try:
             yield
         finally:
-            if self.home is not None and self._here:
-                self.leave(self.home)
+            self._visits -= 1
+            if not self._visits:
+                self.end()
+
+    def end(self):
+        """Models that had left, and came, leave again."""
+        if self.home is not None and self._here:
+            self.leave(self.home)
 
 
-def compute_beside(pipeline: DiffusionPipeline, component: str):
+def compute_beside(pipeline: DiffusionPipeline, hosts: Hosts):
     """
-    Makes a pipeline compute where one of its components is. By itself it computes where the first of them is that is on
+    Makes a pipeline compute where its denoisers do. By itself it computes where the first of its components is that is on
     an accelerator, or simply the first: with encoders elsewhere, that may be the wrong place.
     """
-    device = property(lambda self: next(getattr(self, component).parameters()).device)
+    device = property(lambda self: hosts.device)
     kind = type(pipeline)
     pipeline.__class__ = type(kind.__name__, (kind,), {"device": device, "_execution_device": device})
 
@@ -161,14 +226,17 @@ def keep_dtype(model: nn.Module, dtype: torch.dtype):
     model.__class__ = type(kind.__name__, (kind,), {"dtype": dtype, "__module__": kind.__module__})
 
 
-def remember_device(pipeline: DiffusionPipeline, component: str):
+def remember_device(pipeline: DiffusionPipeline, component: str, hosts: Hosts):
     """
     Makes a pipeline look only once where it computes, for each device that one of its components is on. By itself it goes through
-    all modules of all components in every call, which takes milliseconds.
+    all modules of all components in every call, which takes milliseconds. While its denoisers are elsewhere, it is where
+    they will be.
     """
     kind, known = type(pipeline), {}
 
     def execution_device(self):
+        if hosts.away:
+            return hosts.device
         model = getattr(self, component)
         place = next(model.parameters()).device, hasattr(model, "_hf_hook"), hasattr(model, "_diffusers_hook")
         if place not in known:

@@ -20,7 +20,7 @@ import functools
 import inspect
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -35,7 +35,7 @@ from .arguments import resolve_arguments
 from .conditioning import LATENTS, Answers, Condition, find_layout, image_key, make_condition, recording
 from .diffusion import DDIMIdleScheduler, DDIMQueryScheduler, check_scheduler
 from .embeddings import StoredConditions, model_fingerprint, settings_fingerprint
-from .encoders import Visitors, compute_beside, encoders, keep_dtype, remember_device
+from .encoders import Hosts, Visitors, before_running, compute_beside, encoders, keep_dtype, remember_device
 from .families import find_family
 from .schedulers import check_flow_scheduler, idle_scheduler, is_flow, query_scheduler
 
@@ -108,6 +108,8 @@ class FlowPolicy(nn.Module):
             instead of an adapter.
         cache_size (`int`, *optional*, defaults to `1024`): Most prompts whose conditioning is kept.
         cache_gib (`float`, *optional*, defaults to `2.0`): Most memory that it may take, in GiB.
+        device (`torch.device` or `str`, *optional*): Where it computes. Default: where the denoisers are. If they are
+            elsewhere, they come there as soon as the encoders have left: see [`FlowPolicy.offload_encoders`].
 
     Raises:
         ValueError: If the pipeline cannot be trained, refuses the size, has no argument of a name that was given, or
@@ -128,6 +130,7 @@ class FlowPolicy(nn.Module):
         full_finetuning: bool = False,
         cache_size: int = 1024,
         cache_gib: float = 2.0,
+        device: torch.device | str | None = None,
     ):
         super().__init__()
         self.family = family = find_family(pipeline)
@@ -170,6 +173,7 @@ class FlowPolicy(nn.Module):
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         self.components = [name for name in family.components if getattr(pipeline, name, None) is not None]
+        self.hosts = Hosts([getattr(pipeline, name) for name in self.components], device)
         if full_finetuning and peft_config:
             raise ValueError(
                 "full_finetuning=True trains all weights: peft_config would have no effect. Drop one of them."
@@ -249,7 +253,7 @@ class FlowPolicy(nn.Module):
         # training only: the pipeline that was passed in, and whatever loads the adapter, keeps its own.
         if "requires_safety_checker" in self.pipeline.config:
             copied.safety_checker = None
-        remember_device(copied, self.components[0])
+        remember_device(copied, self.components[0], self.hosts)
         return copied
 
     def _set_guidance(self, guidance_scale: float):
@@ -275,7 +279,8 @@ class FlowPolicy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoisers.parameters()).device
+        """Where it computes: also while the denoisers make room for the encoders."""
+        return self.hosts.device
 
     def train(self, mode: bool = True):
         # The denoisers stay in eval mode: the ratio of two policies with different dropout masks is no ratio.
@@ -384,10 +389,11 @@ class FlowPolicy(nn.Module):
                 f"{type(self.pipeline).__name__} starts from a picture: expected one beside the prompt {prompt!r}. Is "
                 "there a column `image` in the dataset?"
             )
-        answers = self._record([prompt], image)
-        kind = self.guidance_scale, image is not None
-        if kind not in self._layouts:
-            self._layouts[kind] = self._find_layout(prompt, image, answers)
+        with self.encoders.visit(), self.autoencoder.visit():
+            answers = self._record([prompt], image)
+            kind = self.guidance_scale, image is not None
+            if kind not in self._layouts:
+                self._layouts[kind] = self._find_layout(prompt, image, answers)
         layout, batched = self._layouts[kind]
         prepared = answers[LATENTS]
         latents, answers[LATENTS] = (
@@ -406,12 +412,20 @@ class FlowPolicy(nn.Module):
         """Takes conditions from where [`encode_prompts`] has written them, and makes those alone that are not there."""
         self._stored.add(conditions)
 
-    def offload_encoders(self, device: torch.device | str = "cpu"):
+    def offload_encoders(self, device: torch.device | str = "cpu", alone: bool = False):
         """
         Moves the text and picture encoders to another device. They come back for prompts that are new, and leave again.
-        A call of the pipeline itself needs them back: `pipeline.to(device)`.
+        A call of the pipeline itself needs them back: `pipeline.to(device)`, or [`FlowPolicy.whole`].
+
+        Args:
+            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where they wait.
+            alone (`bool`, *optional*, defaults to `False`): Whether the denoisers wait there while the encoders are back.
+                Nothing that takes them apart or copies them (DDP, FSDP, an optimizer's step) may come between.
         """
+        self.encoders.hosts = self.hosts
         self._offload(self.encoders, device)
+        if not alone:
+            self.encoders.hosts = None
 
     def offload_vae(self, device: torch.device | str = "cpu"):
         """
@@ -426,8 +440,19 @@ class FlowPolicy(nn.Module):
             ask = functools.partial(self._ask, self._idle, self._idle_answers, latents, [self.blank()])
             visitors.spare(lambda: ask(output_type="latent"))
             for pipeline in (self._idle, self._query):
-                compute_beside(pipeline, self.components[0])
+                compute_beside(pipeline, self.hosts)
         visitors.leave(device)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Context in which the pipeline itself can be called: what is elsewhere comes when it is run."""
+        with self.encoders.visit(), self.autoencoder.visit(), ExitStack() as stack:
+            for visitors in (self.encoders, self.autoencoder):
+                for model in visitors.models.values() if visitors.home is not None else ():
+                    stack.enter_context(before_running(model, lambda v=visitors: v.come(self.device)))
+            for denoiser in self.hosts.models if self.encoders.hosts is not None else ():
+                stack.enter_context(before_running(denoiser, self.encoders.end))
+            yield
 
     def divide_decoding(self, slicing: bool, tiling: bool):
         """
@@ -655,6 +680,7 @@ class FlowPolicy(nn.Module):
             self._references = {
                 name: copy.deepcopy(denoiser).requires_grad_(False) for name, denoiser in self.denoisers.items()
             }
+            self.hosts.models += self._references.values()
 
     def compile(self, **kwargs):
         """

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..rollout import Plan, chain_plan, execute, log_prob, transition
 from .conditioning import Condition
 from .embeddings import HASHED_WORDS
+from .encoders import can_move
 from .flow_policy import FlowPolicy
 
 
@@ -261,8 +262,8 @@ class MemorySettings:
         known_prompts (`int`): Prompts whose conditioning is kept at a time.
         rollout_batch_size, transition_batch_size (`int`): Rows of a forward in rollouts, and in training.
         activation_checkpointing (`bool`): Whether activations are computed again in the backward pass.
-        precompute_prompts, offload_encoders (`bool`): Whether the encoders leave the device, before training or when
-            they have encoded the prompts of a rollout.
+        precompute_prompts, offload_encoders (`bool`): Whether the encoders leave the device: before training, in which
+            case they have it without the denoisers, or when they have encoded the prompts of a rollout.
         offload_vae (`bool`): Whether the VAE is there to decode alone.
         vae_slicing, vae_tiling (`bool`): Whether it decodes picture by picture, and each in tiles.
         offload_trajectories (`bool`): Whether the latents of a rollout wait on the CPU, and what is kept to compare with.
@@ -429,9 +430,11 @@ class MemoryEstimator:
     def encoding(self, settings: MemorySettings) -> int:
         """Of one prompt's way through the encoders, which is gone."""
         if ("encoding",) not in self._found:
-            condition = self.conditions[0]
-            with ledger(self.policy.device) as book:
-                self.policy.encode_anew(condition.prompt, condition.image)
+            policy, condition = self.policy, self.conditions[0]
+            with policy.encoders.visit(), policy.autoencoder.visit():
+                policy.encoders.come(policy.device)  # their weights are counted elsewhere
+                with ledger(policy.device) as book:
+                    policy.encode_anew(condition.prompt, condition.image)
             self._found["encoding",] = book.peak
         size = self._found["encoding",]
         return size if settings.dtype is None else size * settings.dtype.itemsize // 4
@@ -646,6 +649,9 @@ class MemoryEstimator:
                 "prompts": HASH_BYTES,
                 "activations": max(self.encoding(settings), products),
             }
+            if on_gpu and all(map(can_move, self.policy.hosts.models)):
+                # They wait for the encoders to leave. Their moving average does not.
+                encode |= {"denoiser": 0, "trained weights": settings.ema * trained}
         else:
             encode |= {"latents": earlier, "activations": self.encoding(settings)}
         trajectories = all_kept + compared

@@ -133,7 +133,8 @@ def estimate(trainer, rollouts: list, updates: int) -> Estimate:
     sigma = trainer.sigmas[len(trainer.sigmas) // 2].item()
     largest = max(min(rollout_rows, prompts * plan.width) for plan, *_ in plans)
     with torch.random.fork_rng():
-        encode = measure(lambda n: policy.encode_anew(rows[0]["prompt"], _picture(trainer, rows[0])), 1, device)
+        with policy.encoders.visit(), policy.autoencoder.visit():
+            encode = measure(lambda n: policy.encode_anew(rows[0]["prompt"], _picture(trainer, rows[0])), 1, device)
         forward = measure(velocity, largest, device)
         decode = measure(lambda n: trainer.decode(latents(n), conditions[:n]), largest, device)
         train = measure(lambda n: _train(trainer, plans[0][0], n), training_rows, device)

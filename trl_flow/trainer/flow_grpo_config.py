@@ -105,8 +105,8 @@ class FlowGRPOConfig(_BaseConfig):
             memory only, and falls where memory does not suffice.
         precompute_prompts (`bool`, *optional*, defaults to `False`):
             Whether to encode all prompts (and the pictures that they start from) before training, to keep the embeddings
-            in the cache of datasets (megabytes per prompt), and to move the encoders off the device. A later run with the
-            same pipeline, settings and prompts finds them there.
+            in the cache of datasets (megabytes per prompt), and to move the encoders off the device. While they are there,
+            the denoisers wait on the CPU. A later run with the same pipeline, settings and prompts finds the embeddings.
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Whether the text and picture encoders wait on the CPU and come to the device for prompts that are new. With
             `precompute_prompts` they do so anyway.
@@ -302,7 +302,7 @@ class FlowGRPOConfig(_BaseConfig):
         default=False,
         metadata={
             "help": "Encode all prompts before training, keep the embeddings on disk (megabytes per prompt), and move the "
-            "encoders off the device."
+            "encoders off the device. While they are there, the denoisers wait on the CPU."
         },
     )
     offload_encoders: bool = field(

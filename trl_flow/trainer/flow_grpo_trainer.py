@@ -50,6 +50,8 @@ from ..objective import (
 from ..policy import FlowPolicy, default_call_arguments, encode_prompts, load_pipeline
 from ..policy.attention import set_attention_backend
 from ..policy.doctor import Diagnosis, Untrainable, examine_policy
+from ..policy.encoders import move
+from ..policy.families import find_family
 from ..report import ProgressLine
 from ..report.live import LiveReport, report_stop, try_report
 from ..report.plan import PlanPicture
@@ -251,10 +253,11 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, S
             if getattr(args, name) is None:
                 setattr(args, name, value)
         check_precision(pipeline, args)
-        for component in pipeline.components.values():
-            # 8-bit weights of bitsandbytes are where they were loaded, and cannot be moved.
-            if isinstance(component, nn.Module) and not getattr(component, "is_loaded_in_8bit", False):
-                component.to(args.device)
+        # Where prompts are encoded first, there need not be room for the denoisers beside the encoders.
+        waiting = find_family(pipeline).components if args.precompute_prompts else ()
+        for name, component in pipeline.components.items():
+            if isinstance(component, nn.Module):
+                move([component], "cpu" if name in waiting else args.device)
         adapter = read_adapter(pipeline, args.adapter_name_or_path) if args.adapter_name_or_path else {}
         if adapter and peft_config is not None:
             raise ValueError(
@@ -272,8 +275,11 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, S
             max_sequence_length=args.max_sequence_length,
             generation_kwargs=args.generation_kwargs,
             full_finetuning=args.full_finetuning,
+            device=args.device if args.precompute_prompts else None,
         )
         settle_float16(self.policy.gradient_scale, args)
+        if args.precompute_prompts:
+            self.policy.offload_encoders(alone=True)
         if args.attention_backend is not None:
             set_attention_backend(self.policy, args.attention_backend)
         if args.num_eval_inference_steps is None:
@@ -679,12 +685,16 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, S
             self._saved_after = self.state.global_step
 
     def precompute_prompts(self):
-        """Encodes the prompts of both datasets, or finds them on disk, and moves the encoders off the device."""
+        """
+        Encodes the prompts of both datasets, or finds them on disk, while the denoisers are elsewhere. From then on these
+        stay on the device, whatever is encoded: there will be an optimizer, and perhaps several processes.
+        """
         ranks = self.args.process_index, self.args.world_size
-        self.policy.attach(encode_prompts(self.policy, self.train_dataset, *ranks))
-        if self.eval_dataset is not None:
-            with self.policy.guided(self.args.eval_guidance_scale):
-                self.policy.attach(encode_prompts(self.policy, self.eval_dataset, *ranks))
+        with self.policy.encoders.visit():
+            self.policy.attach(encode_prompts(self.policy, self.train_dataset, *ranks))
+            if self.eval_dataset is not None:
+                with self.policy.guided(self.args.eval_guidance_scale):
+                    self.policy.attach(encode_prompts(self.policy, self.eval_dataset, *ranks))
         self.policy.offload_encoders()
         self._prompts_precomputed = True
 
