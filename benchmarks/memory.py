@@ -421,8 +421,8 @@ def table(records: list[dict], gpus: list[float]) -> str:
         cells = [f"{record['model']}", f"{needed:.0f}"]
         for gpu in record["gpus"]:
             changes = "<br>".join(f"`{name}: {setting_text(value)}`" for name, value in gpu["changes"].items())
-            least = f"no: {gpu['peak_gib']:.1f}{'*' if gpu['phase'] == 'encode' else ''}"
-            cells.append(f"{changes}<br>{gpu['peak_gib']:.1f}" if gpu["fits"] else least)
+            needed = f"{gpu['peak_gib']:.1f}"
+            cells.append(f"{changes}<br>{needed}" if gpu["fits"] else f"no: {needed}")
         lines.append("| " + " | ".join(cell.removeprefix("<br>") for cell in cells) + " |")
     return "\n".join(lines)
 
