@@ -20,7 +20,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
-from pipelines import redness
+from pipelines import redness, tiny_sd3
 from tiny import tiny_pipeline
 from torch import nn
 
@@ -201,6 +201,20 @@ def test_layer_that_is_quantised():
     assert "forward" not in vars(layer) and type(layer.weight) is Packed
 
 
+@pytest.mark.parametrize(
+    "trainer_class, config_class, copies",
+    [(FlowGRPOTrainer, FlowGRPOConfig, 0), (DiffusionNFTTrainer, DiffusionNFTConfig, 1)],
+)
+def test_a_policy_of_its_own_that_samples(trainer_class, config_class, copies, tmp_path):
+    given = {"use_cpu": True, "report_to": "none", "per_device_train_batch_size": 1}
+    config = config_class(str(tmp_path), num_generations=4, max_sequence_length=2, guidance_scale=1.0, **given)
+    trainer = trainer_class(tiny_sd3(), redness, config, Dataset.from_dict({"prompt": PROMPTS}))
+    estimator, settings = memory_settings(trainer, updates=2)
+    without = estimator.weights(replace(settings, sampling_policy=False))
+    more = estimator.weights(settings)["trained weights"] - without["trained weights"]
+    assert more == copies * sum(parameter.numel() * 4 for parameter in trainer._trainable)
+
+
 def test_encoders_leave_for_another_memory(estimator):
     encoders = sum(map(module_bytes, estimator.encoders.values()))
     assert encoders > 0
@@ -312,7 +326,7 @@ RUNS = {
     "DenseGRPO": {"trainer_class": DenseGRPOTrainer, "config_class": DenseGRPOConfig},
     "DiffusionNFT": {
         **{"trainer_class": DiffusionNFTTrainer, "config_class": DiffusionNFTConfig, "old_policy_decay_rate": 0.4},
-        "activation_checkpointing": False,
+        **{"full_finetuning": True, "learning_rate": 1e-5},
     },
 }
 

@@ -272,6 +272,7 @@ class MemorySettings:
         autocast (`torch.dtype` or `None`): Precision of mixed-precision training.
         optim (`str`): Name of the optimizer.
         ema (`bool`): Whether there is a moving average.
+        sampling_policy (`bool`): Whether the policy that samples is another one than the trained one.
         several_processes (`bool`): Whether gradients are exchanged, of which there is a copy then.
         dtype (`torch.dtype` or `None`): Precision of the frozen weights, where it is not the one that they are in.
         quantization (`str` or `None`): `"int8"` or `"nf4"`, of a denoiser that is not quantised yet.
@@ -295,6 +296,7 @@ class MemorySettings:
     autocast: torch.dtype | None = None
     optim: str = "adamw_torch_fused"
     ema: bool = True
+    sampling_policy: bool = False
     several_processes: bool = False
     dtype: torch.dtype | None = None
     quantization: str | None = None
@@ -374,7 +376,7 @@ class MemoryEstimator:
             for layer in linear_layers(self.denoisers):
                 size = self._in(settings.dtype, layer.weight)
                 denoiser += int(layer.weight.numel() * QUANTIZED_BYTES[settings.quantization]) - size
-        copies = 1 + settings.ema + (settings.reference and self.policy.full_finetuning)
+        copies = 1 + settings.ema + settings.sampling_policy + (settings.reference and self.policy.full_finetuning)
         states = next(size for part, size in OPTIMIZER_BYTES if part in settings.optim)
         return {
             "denoiser": denoiser,

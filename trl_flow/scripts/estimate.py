@@ -243,6 +243,7 @@ def memory_settings(trainer, updates: int) -> tuple[MemoryEstimator, MemorySetti
         autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         optim=str(getattr(args.optim, "value", args.optim)),
         ema=trainer._ema is not None,
+        sampling_policy=trainer._has_sampling_policy,
         several_processes=args.world_size > 1,
         host=trainer.accelerator.device.type != "cpu",
     )

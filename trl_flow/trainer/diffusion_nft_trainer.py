@@ -38,6 +38,7 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
     _name = "DiffusionNFT"
     _config_class = DiffusionNFTConfig
     _trains_without_advantage = True
+    _has_sampling_policy = True
     _old: list[torch.Tensor] | None = None  # the policy that samples
     _paper = {
         "title": "DiffusionNFT: Online Diffusion Reinforcement with Forward Process",

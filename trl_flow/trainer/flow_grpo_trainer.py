@@ -135,6 +135,8 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, S
     _normalization = {"ddof": 0, "eps": 1e-4}
     # Whether a transition of advantage 0 has a gradient, KL aside.
     _trains_without_advantage = False
+    # Whether a policy of its own samples.
+    _has_sampling_policy = False
     _paper = {
         "title": "Flow-GRPO: Training Flow Matching Models via Online RL",
         "id": "2505.05470",
