@@ -119,6 +119,13 @@ def test_mixed_precision_scales_what_the_policy_does_not(make_trainer, mixed_flo
     assert (gradients[mixed_float16] - exact).norm() / exact.norm() < 0.04
 
 
+def test_mixed_float16_needs_a_gpu(make_trainer):
+    """To train; a run for one can be planned anywhere."""
+    trainer = make_trainer(fp16=True)
+    with pytest.raises(ValueError, match="fp16=True has no effect on cpu"):
+        trainer.train()
+
+
 def test_float16_is_computed_in_float16(make_trainer, monkeypatch):
     """Not in the bfloat16 that TRL sets on a GPU."""
     for dtype, expected in ((torch.bfloat16, "bf16"), (torch.float16, "no")):

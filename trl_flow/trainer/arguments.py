@@ -159,6 +159,14 @@ def settle_float16(gradient_scale: float, args):
     args.bf16, args.mixed_precision = False, "no"
 
 
+def check_scaler(args, scaler: torch.amp.GradScaler | None):
+    """Refuses to train in float16 where accelerate would compute in float32 and say nothing."""
+    if args.mixed_precision == "fp16" and scaler is None:
+        raise ValueError(
+            f"fp16=True has no effect on {args.device.type}: accelerate computes in float16 on GPUs alone. Leave it unset."
+        )
+
+
 def start_scaler(scaler: torch.amp.GradScaler | None, gradient_scale: float):
     """
     Has mixed precision's scaling of the loss begin at 1 where gradients are scaled on their way through float16 weights.

@@ -65,6 +65,7 @@ from .arguments import (
     check_optimizer,
     check_precision,
     check_reward_columns,
+    check_scaler,
     load_dataset_argument,
     load_rewards,
     own_prompts,
@@ -629,6 +630,7 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, S
                 `"all_checkpoints"`: `"user/repo"` for the newest there, with `/checkpoint-<step>` and `@revision` if need
                 be. What the repository holds of the run is then put into `output_dir`.
         """
+        check_scaler(self.args, self.accelerator.scaler)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
