@@ -42,7 +42,7 @@ import measuring
 import torch
 
 from trl_flow import load_reward
-from trl_flow.policy.memory import measured_peak
+from trl_flow.policy.allocations import measured_peak
 from trl_flow.rewards import Reward
 from trl_flow.trainer.flow_grpo_trainer import FlowGRPOTrainer
 

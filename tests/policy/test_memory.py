@@ -33,14 +33,11 @@ from trl_flow import (
     FlowGRPOTrainer,
 )
 from trl_flow.policy import FlowPolicy, embeddings, load_pipeline
+from trl_flow.policy.allocations import ledger, measured_peak, module_bytes, without_weights
 from trl_flow.policy.memory import (
     MemoryEstimator,
     MemorySettings,
-    ledger,
     make_fit,
-    measured_peak,
-    module_bytes,
-    without_weights,
 )
 from trl_flow.report.live import LiveReport
 from trl_flow.rollout import chain_plan, log_prob, transition

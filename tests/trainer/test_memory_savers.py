@@ -35,9 +35,9 @@ from trainer.observing import logged, randomize
 from transformers import TrainerCallback
 
 from trl_flow import FlowGRPOConfig, FlowGRPOTrainer, FlowPolicy, G2RPOConfig, G2RPOTrainer
+from trl_flow.policy.allocations import measured_peak
 from trl_flow.policy.doctor import Diagnosis, examine_policy
 from trl_flow.policy.encoders import Visitors
-from trl_flow.policy.memory import measured_peak
 from trl_flow.trainer.arguments import check_gradient_scale, check_offload
 from trl_flow.trainer.transitions import TransitionChunk, trained_steps, transition_chunk
 

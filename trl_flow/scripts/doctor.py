@@ -256,8 +256,9 @@ def diagnose(args: DoctorArguments) -> "Diagnosis":
     from PIL import Image
 
     from ..policy import default_call_arguments, load_pipeline
+    from ..policy.allocations import device_memory
     from ..policy.doctor import examine
-    from ..policy.memory import MemorySettings, device_memory
+    from ..policy.memory import MemorySettings
     from .training import make_peft_config
 
     model = args.model_name_or_path

@@ -310,8 +310,8 @@ def _weighted(trainer) -> list[str]:
 
 def update_facts(trainer, updates: int) -> list[tuple[str, str]]:
     """Updates, evaluations, and memory as the doctor estimates it."""
+    from ..policy.allocations import device_memory
     from ..policy.doctor import Diagnosis, Untrainable, examine_policy, note_memory
-    from ..policy.memory import device_memory
     from .doctor import PHASES
 
     args = trainer.args

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..policy.memory import MemoryEstimator, MemorySettings, num_bytes
+from ..policy.allocations import num_bytes
+from ..policy.memory import MemoryEstimator, MemorySettings
 from ..rewards.reward import Reward
 from ..rewards.scoring import is_async
 from ..rollout import Plan

@@ -25,7 +25,7 @@ import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from ..policy.memory import ledger, measured_peak
+from ..policy.allocations import ledger, measured_peak
 
 
 T = TypeVar("T")
