@@ -32,7 +32,6 @@ rate that products of large matrices reach here. What did not fit is recorded as
 
 import argparse
 import gc
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,30 +42,18 @@ import measuring
 import numpy as np
 import torch
 from accelerate import init_empty_weights
+from architectures import flux, sd3, text_parts, wan
 from datasets import Dataset
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    UniPCMultistepScheduler,
-    WanPipeline,
     WanTransformer3DModel,
 )
 from torch import nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    T5Config,
-    T5EncoderModel,
-    UMT5Config,
-    UMT5EncoderModel,
-)
+from transformers import CLIPTextConfig, T5Config, UMT5Config
 
 from trl_flow import (
     DenseGRPOConfig,
@@ -78,13 +65,6 @@ from trl_flow import (
     G2RPOConfig,
     G2RPOTrainer,
 )
-
-
-# The tokenizers, with a vocabulary of a few words, are those of the tests.
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from pipelines import tiny_tokenizer  # noqa: E402
-from tiny.text import t5_tokenizer  # noqa: E402
 
 
 METHODS = {
@@ -104,93 +84,56 @@ REFERENCES = [
 PROMPTS = ["a red circle", "two green square", "three blue circle", "a blue cat"]
 PHASES = ("rollout", "decode", "reward", "train")
 
-# Sizes as in the `config.json` of the checkpoints; of the tiny ones, what differs.
-CLIP_L = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-}
-CLIP_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "hidden_act": "gelu",
-}
-TINY_CLIP = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "projection_dim": 16,
-}
-T5_XXL = {
-    "vocab_size": 32128,
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-    "dropout_rate": 0.0,
-}
 TINY_T5 = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 2}
-SD3_TRANSFORMER = {
-    "sample_size": 128,
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
+# Of the tiny models, the sizes that differ from the checkpoints'.
+TINY = {
+    CLIPTextConfig: {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": 16,
+    },
+    T5Config: TINY_T5,
+    UMT5Config: TINY_T5,
+    SD3Transformer2DModel: {
+        "sample_size": 8,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 32,
+        "pos_embed_max_size": 8,
+        "dual_attention_layers": (0,),
+    },
+    FluxTransformer2DModel: {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 16,
+        "axes_dims_rope": (2, 2, 4),
+    },
+    WanTransformer3DModel: {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "text_dim": 32,
+        "freq_dim": 32,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "rope_max_seq_len": 32,
+    },
+    AutoencoderKL: {
+        "block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "sample_size": 64,
+    },
+    AutoencoderKLWan: {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
 }
-TINY_SD3_TRANSFORMER = {
-    "sample_size": 8,
-    "num_layers": 2,
-    "attention_head_dim": 8,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 32,
-    "caption_projection_dim": 16,
-    "pooled_projection_dim": 32,
-    "pos_embed_max_size": 8,
-    "dual_attention_layers": (0,),
-}
-FLUX_TRANSFORMER = {"guidance_embeds": True}
-TINY_FLUX_TRANSFORMER = {
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 8,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 32,
-    "pooled_projection_dim": 16,
-    "axes_dims_rope": (2, 2, 4),
-}
-WAN_TRANSFORMER = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
-TINY_WAN_TRANSFORMER = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "text_dim": 32,
-    "freq_dim": 32,
-    "ffn_dim": 32,
-    "num_layers": 2,
-    "rope_max_seq_len": 32,
-}
-KL_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "sample_size": 1024,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-TINY_KL_VAE = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64}
-TINY_WAN_VAE = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 
 # Settings of a run: those of the published configurations, and tiny ones.
 SETTINGS = {
@@ -271,67 +214,24 @@ def random_module(make: Callable[[], nn.Module], device: str, dtype: torch.dtype
     return module.to(device).eval()
 
 
-def text_encoder(kind: type, config: type, sizes: dict, tiny_sizes: dict, options: argparse.Namespace) -> tuple:
-    """Tokenizer and encoder."""
-    layers = "num_hidden_layers" if "num_hidden_layers" in sizes else "num_layers"
-    sizes = sizes | (tiny_sizes if options.tiny else {layers: 1} if options.small_text_encoders else {})
-    if config is CLIPTextConfig:
-        tokenizer = tiny_tokenizer()
-        tokenizer.model_max_length = 77
-        ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    else:
-        tokenizer, ids = t5_tokenizer(), {}
-        tokenizer.model_max_length = 512
-    encoder = random_module(lambda: kind(config(**sizes, **ids)), options.device, options.torch_dtype)
-    return tokenizer, encoder
+class Makers:
+    """What makes models and text encoders, as [`architectures`] asks for them."""
 
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
 
-def model(kind: type, sizes: dict, tiny_sizes: dict, options: argparse.Namespace) -> nn.Module:
-    sizes = sizes | (tiny_sizes if options.tiny else {})
-    return random_module(lambda: kind(**sizes), options.device, options.torch_dtype)
+    def draw(self, make: Callable[[], nn.Module]) -> nn.Module:
+        return random_module(make, self.options.device, self.options.torch_dtype)
 
+    def model(self, kind: type, sizes: dict) -> nn.Module:
+        sizes = sizes | (TINY[kind] if self.options.tiny else {})
+        return self.draw(lambda: kind(**sizes))
 
-def sd3(options: argparse.Namespace) -> StableDiffusion3Pipeline:
-    tokenizer, clip_l = text_encoder(CLIPTextModelWithProjection, CLIPTextConfig, CLIP_L, TINY_CLIP, options)
-    tokenizer_2, clip_g = text_encoder(CLIPTextModelWithProjection, CLIPTextConfig, CLIP_G, TINY_CLIP, options)
-    tokenizer_3, t5 = text_encoder(T5EncoderModel, T5Config, T5_XXL, TINY_T5, options)
-    return StableDiffusion3Pipeline(
-        transformer=model(SD3Transformer2DModel, SD3_TRANSFORMER, TINY_SD3_TRANSFORMER, options),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=model(AutoencoderKL, KL_VAE | {"scaling_factor": 1.5305, "shift_factor": 0.0609}, TINY_KL_VAE, options),
-        text_encoder=clip_l,
-        tokenizer=tokenizer,
-        text_encoder_2=clip_g,
-        tokenizer_2=tokenizer_2,
-        text_encoder_3=t5,
-        tokenizer_3=tokenizer_3,
-    )
-
-
-def flux(options: argparse.Namespace) -> FluxPipeline:
-    tokenizer, clip_l = text_encoder(CLIPTextModel, CLIPTextConfig, CLIP_L, TINY_CLIP, options)
-    tokenizer_2, t5 = text_encoder(T5EncoderModel, T5Config, T5_XXL, TINY_T5, options)
-    return FluxPipeline(
-        transformer=model(FluxTransformer2DModel, FLUX_TRANSFORMER, TINY_FLUX_TRANSFORMER, options),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=model(AutoencoderKL, KL_VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159}, TINY_KL_VAE, options),
-        text_encoder=clip_l,
-        tokenizer=tokenizer,
-        text_encoder_2=t5,
-        tokenizer_2=tokenizer_2,
-    )
-
-
-def wan(options: argparse.Namespace) -> WanPipeline:
-    sizes = T5_XXL | {"vocab_size": 256384}
-    tokenizer, umt5 = text_encoder(UMT5EncoderModel, UMT5Config, sizes, TINY_T5, options)
-    return WanPipeline(
-        transformer=model(WanTransformer3DModel, WAN_TRANSFORMER, TINY_WAN_TRANSFORMER, options),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        vae=model(AutoencoderKLWan, {}, TINY_WAN_VAE, options),
-        text_encoder=umt5,
-        tokenizer=tokenizer,
-    )
+    def text_encoder(self, kind: type, sizes: dict) -> tuple:
+        tokenizer, config, ids = text_parts(kind)
+        layers = {"num_hidden_layers" if "num_hidden_layers" in sizes else "num_layers": 1}
+        sizes = sizes | (TINY[config] if self.options.tiny else layers if self.options.small_text_encoders else {})
+        return tokenizer, self.draw(lambda: kind(config(**sizes, **ids)))
 
 
 MODELS = {"sd3.5-medium": sd3, "flux.1-dev": flux, "wan2.1-1.3b": wan}
@@ -380,7 +280,7 @@ def train(name: str, method: str, options: argparse.Namespace) -> dict:
     on_gpu = options.device == "cuda"
     began = time.perf_counter()
     torch.manual_seed(0)
-    pipeline = MODELS[name](options)
+    pipeline = MODELS[name](Makers(options))
     pipeline.set_progress_bar_config(disable=True)
     trainer_class, config_class, of_method = METHODS[method]
     record = {"model": name, "method": method, "settings": settings(name, options) | of_method}

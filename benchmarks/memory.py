@@ -27,7 +27,6 @@ Each run begins with the settings `START` and the family's size, guidance and ad
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -36,26 +35,31 @@ from pathlib import Path
 import diffusers
 import torch
 from accelerate import init_empty_weights
+from architectures import (
+    CLIP_G,
+    CLIP_L,
+    FLUX_TRANSFORMER,
+    KL_VAE,
+    SD3_TRANSFORMER,
+    WAN_TRANSFORMER,
+    flux,
+    sd3,
+    text_parts,
+    wan,
+)
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
-    AutoencoderKLWan,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from tiny.text import qwen2_5_vl  # of the tests, to which `architectures` leads
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
@@ -67,9 +71,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
-    T5EncoderModel,
     UMT5Config,
-    UMT5EncoderModel,
 )
 
 from trl_flow.policy import FlowPolicy
@@ -82,13 +84,6 @@ from trl_flow.policy.memory import (
     setting_text,
 )
 from trl_flow.rollout import chain_plan
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import full_size  # noqa: E402
-from full_size import CLIP_G, CLIP_L, FLUX_TRANSFORMER, KL_VAE, SD3_TRANSFORMER, T5_XXL, WAN_TRANSFORMER  # noqa: E402
-from tiny.text import qwen2_5_vl, qwen_tokenizer, t5_tokenizer  # noqa: E402
 
 
 DTYPE = torch.bfloat16
@@ -126,7 +121,13 @@ SDXL_UNET = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-SDXL_VAE = KL_VAE | {"latent_channels": 4, "use_quant_conv": True, "use_post_quant_conv": True}
+SDXL_VAE = KL_VAE | {
+    "latent_channels": 4,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "scaling_factor": 0.13025,
+    "shift_factor": None,
+}
 QWEN3_4B = {
     "hidden_size": 2560,
     "intermediate_size": 9728,
@@ -166,124 +167,78 @@ def shapes_alone(make: Callable[[], nn.Module], mode: FakeTensorMode) -> nn.Modu
     return model.eval()
 
 
-def text_encoder(kind: type, sizes: dict, small: dict, tokenizer, **ids) -> tuple:
-    """Tokenizer, an encoder of the same width with little inside, and the whole one, empty."""
-    config = {
-        CLIPTextModel: CLIPTextConfig,
-        CLIPTextModelWithProjection: CLIPTextConfig,
-        T5EncoderModel: T5Config,
-        UMT5EncoderModel: UMT5Config,
-        Qwen3ForCausalLM: Qwen3Config,
-    }[kind]
-    with init_empty_weights():
-        whole = kind(config(**sizes)).to(DTYPE)
-    whole.tie_weights()  # counted once
-    return tokenizer, kind(config(**sizes | small | ids)).to(DTYPE).eval(), whole
+# Of each kind of text encoder, what is little inside, at the checkpoint's width.
+SMALL = {
+    CLIPTextConfig: {"intermediate_size": 64, "num_hidden_layers": 2},
+    Qwen3Config: {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1},
+    T5Config: {"d_ff": 64, "num_layers": 2, "num_heads": 1},
+    UMT5Config: {"d_ff": 64, "num_layers": 2, "num_heads": 1},
+}
 
 
-def clip(kind: type, sizes: dict) -> tuple:
-    tokenizer = full_size.tiny_tokenizer()
-    tokenizer.model_max_length = 77
-    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "vocab_size": len(tokenizer)}
-    return text_encoder(kind, sizes, {"intermediate_size": 64, "num_hidden_layers": 2}, tokenizer, **ids)
+class Makers:
+    """
+    What makes models and text encoders, as [`architectures`] asks for them.
+
+    Args:
+        mode (`FakeTensorMode`): Of the tensors without content.
+
+    Attributes:
+        whole (`list[nn.Module]`): The text encoders in their full size, empty.
+    """
+
+    def __init__(self, mode: FakeTensorMode):
+        self.mode, self.whole = mode, []
+
+    def model(self, kind: type, sizes: dict) -> nn.Module:
+        return shapes_alone(lambda: kind(**sizes), self.mode)
+
+    def text_encoder(self, kind: type, sizes: dict) -> tuple:
+        """Tokenizer, and an encoder of the same width with little inside."""
+        tokenizer, config, ids = text_parts(kind)
+        self.keep_whole(lambda: kind(config(**sizes)))
+        small = sizes | SMALL[config] | ids | {"vocab_size": len(tokenizer)}
+        return tokenizer, kind(config(**small)).to(DTYPE).eval()
+
+    def keep_whole(self, make: Callable[[], nn.Module]):
+        with init_empty_weights():
+            whole = make().to(DTYPE)
+        whole.tie_weights()  # counted once
+        self.whole.append(whole)
 
 
-def t5(kind: type = T5EncoderModel, **sizes) -> tuple:
-    tokenizer = t5_tokenizer()
-    tokenizer.model_max_length = 512
-    return text_encoder(
-        kind, T5_XXL | sizes, {"d_ff": 64, "num_layers": 2, "num_heads": 1, "vocab_size": 128}, tokenizer
-    )
-
-
-def kl_vae(mode: FakeTensorMode, scale: float, shift: float | None, sizes: dict = KL_VAE) -> nn.Module:
-    return shapes_alone(lambda: AutoencoderKL(**sizes, scaling_factor=scale, shift_factor=shift), mode)
-
-
-def sd3(mode: FakeTensorMode, sizes: dict) -> tuple[DiffusionPipeline, list[nn.Module]]:
-    encoders = [clip(CLIPTextModelWithProjection, CLIP_L), clip(CLIPTextModelWithProjection, CLIP_G), t5()]
-    (t1, e1, _), (t2, e2, _), (t3, e3, _) = encoders
-    pipeline = StableDiffusion3Pipeline(
-        transformer=shapes_alone(lambda: SD3Transformer2DModel(**sizes), mode),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=kl_vae(mode, 1.5305, 0.0609),
-        text_encoder=e1,
-        tokenizer=t1,
-        text_encoder_2=e2,
-        tokenizer_2=t2,
-        text_encoder_3=e3,
-        tokenizer_3=t3,
-    )
-    return pipeline, [whole for _, _, whole in encoders]
-
-
-def flux(mode: FakeTensorMode) -> tuple[DiffusionPipeline, list[nn.Module]]:
-    encoders = [clip(CLIPTextModel, CLIP_L), t5()]
-    (t1, e1, _), (t2, e2, _) = encoders
-    pipeline = FluxPipeline(
-        transformer=shapes_alone(lambda: FluxTransformer2DModel(**FLUX_TRANSFORMER), mode),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=kl_vae(mode, 0.3611, 0.1159),
-        text_encoder=e1,
-        tokenizer=t1,
-        text_encoder_2=e2,
-        tokenizer_2=t2,
-    )
-    return pipeline, [whole for _, _, whole in encoders]
-
-
-def sdxl(mode: FakeTensorMode) -> tuple[DiffusionPipeline, list[nn.Module]]:
-    encoders = [clip(CLIPTextModel, CLIP_L), clip(CLIPTextModelWithProjection, CLIP_G)]
-    (t1, e1, _), (t2, e2, _) = encoders
-    pipeline = StableDiffusionXLPipeline(
-        unet=shapes_alone(lambda: UNet2DConditionModel(**SDXL_UNET), mode),
+def sdxl(make: Makers) -> DiffusionPipeline:
+    tokenizer, clip_l = make.text_encoder(CLIPTextModel, CLIP_L)
+    tokenizer_2, clip_g = make.text_encoder(CLIPTextModelWithProjection, CLIP_G)
+    return StableDiffusionXLPipeline(
+        unet=make.model(UNet2DConditionModel, SDXL_UNET),
         scheduler=diffusers.DDIMScheduler(
             beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
         ),
-        vae=kl_vae(mode, 0.13025, None, SDXL_VAE),
-        text_encoder=e1,
-        tokenizer=t1,
-        text_encoder_2=e2,
-        tokenizer_2=t2,
+        vae=make.model(AutoencoderKL, SDXL_VAE),
+        text_encoder=clip_l,
+        tokenizer=tokenizer,
+        text_encoder_2=clip_g,
+        tokenizer_2=tokenizer_2,
         add_watermarker=False,
     )
-    return pipeline, [whole for _, _, whole in encoders]
 
 
-def wan(mode: FakeTensorMode) -> tuple[DiffusionPipeline, list[nn.Module]]:
-    tokenizer, encoder, whole = t5(UMT5EncoderModel, vocab_size=256384)
-    pipeline = WanPipeline(
-        transformer=shapes_alone(lambda: WanTransformer3DModel(**WAN_TRANSFORMER), mode),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        vae=shapes_alone(AutoencoderKLWan, mode),
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-    )
-    return pipeline, [whole]
-
-
-def z_image(mode: FakeTensorMode) -> tuple[DiffusionPipeline, list[nn.Module]]:
-    tokenizer = qwen_tokenizer()
-    small = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
-    _, encoder, whole = text_encoder(
-        Qwen3ForCausalLM, QWEN3_4B, small | {"vocab_size": len(tokenizer)}, tokenizer, pad_token_id=0
-    )
-    pipeline = ZImagePipeline(
-        transformer=shapes_alone(ZImageTransformer2DModel, mode),
+def z_image(make: Makers) -> DiffusionPipeline:
+    tokenizer, encoder = make.text_encoder(Qwen3ForCausalLM, QWEN3_4B)
+    return ZImagePipeline(
+        transformer=make.model(ZImageTransformer2DModel, {}),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
-        vae=kl_vae(mode, 0.3611, 0.1159),
+        vae=make.model(AutoencoderKL, KL_VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159}),
         text_encoder=encoder,
         tokenizer=tokenizer,
     )
-    return pipeline, [whole]
 
 
-def qwen_image(mode: FakeTensorMode) -> tuple[DiffusionPipeline, list[nn.Module]]:
+def qwen_image(make: Makers) -> DiffusionPipeline:
     tokenizer, _, tiny = qwen2_5_vl()
-    with init_empty_weights():
-        whole = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=QWEN25_7B, vision_config=QWEN25_VISION)
-        ).to(DTYPE)
+    sizes = Qwen2_5_VLConfig(text_config=QWEN25_7B, vision_config=QWEN25_VISION)
+    make.keep_whole(lambda: Qwen2_5_VLForConditionalGeneration(sizes))
     # The same width, and little inside.
     config = tiny.config
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
@@ -291,26 +246,25 @@ def qwen_image(mode: FakeTensorMode) -> tuple[DiffusionPipeline, list[nn.Module]
     for name, value in (small | {"rope_parameters": rope}).items():
         setattr(config.text_config, name, value)
     config.vision_config.out_hidden_size = QWEN25_7B["hidden_size"]
-    pipeline = QwenImagePipeline(
-        transformer=shapes_alone(QwenImageTransformer2DModel, mode),
+    return QwenImagePipeline(
+        transformer=make.model(QwenImageTransformer2DModel, {}),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192),
-        vae=shapes_alone(AutoencoderKLQwenImage, mode),
+        vae=make.model(AutoencoderKLQwenImage, {}),
         text_encoder=Qwen2_5_VLForConditionalGeneration(config).to(DTYPE).eval(),
         tokenizer=tokenizer,
     )
-    return pipeline, [whole]
 
 
 # How each pipeline is made; its settings; and its denoiser with few layers of each kind, followed by what has one layer more of
 # a kind, and how many more the whole one has.
 MODELS = {
     "sd3.5-medium": (
-        lambda mode: sd3(mode, SD3_TRANSFORMER),
+        sd3,
         {},
         SD3_TRANSFORMER | {"num_layers": 3, "dual_attention_layers": (0,)},
         [({"num_layers": 4, "dual_attention_layers": (0, 1)}, 12), ({"num_layers": 4}, 9)],
     ),
-    "sd3.5-large": (lambda mode: sd3(mode, SD3_LARGE), {}, SD3_LARGE | {"num_layers": 2}, [({"num_layers": 3}, 36)]),
+    "sd3.5-large": (lambda make: sd3(make, SD3_LARGE), {}, SD3_LARGE | {"num_layers": 2}, [({"num_layers": 3}, 36)]),
     "flux.1-dev": (
         flux,
         {},
@@ -351,9 +305,9 @@ class ManyLayers(MemoryEstimator):
 
 def make_estimator(name: str) -> MemoryEstimator:
     """Of a model without weights."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    make = Makers(FakeTensorMode(allow_non_fake_inputs=True))
     build, arguments, sizes, more = MODELS[name]
-    pipeline, encoders = build(mode)
+    pipeline = build(make)
     pipeline.set_progress_bar_config(disable=True)
     parts = dict(pipeline.components)
     policy = FlowPolicy(pipeline, **arguments)
@@ -363,13 +317,13 @@ def make_estimator(name: str) -> MemoryEstimator:
     else:
 
         def with_layers(sizes: dict) -> MemoryEstimator:
-            denoiser = shapes_alone(lambda: type(parts["transformer"])(**sizes), mode)
+            denoiser = make.model(type(parts["transformer"]), sizes)
             thin = type(pipeline)(**parts | {"transformer": denoiser})
             return MemoryEstimator(FlowPolicy(thin, **arguments), conditions, sigmas)
 
         one_more = [(with_layers(sizes | others), count) for others, count in more]
         estimator = ManyLayers(policy, conditions, sigmas, with_layers(sizes), one_more)
-    estimator.encoders = dict(enumerate(encoders))
+    estimator.encoders = dict(enumerate(make.whole))
     return estimator
 
 

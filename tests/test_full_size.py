@@ -56,16 +56,16 @@ CHECKPOINTS = {
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_sizes_are_the_checkpoints(name, full_size, monkeypatch):
     # A table of 384 x 384 positions takes long to compute, and is no parameter.
-    monkeypatch.setitem(full_size.SD3_TRANSFORMER, "pos_embed_max_size", 64)
+    monkeypatch.setitem(importlib.import_module("architectures").SD3_TRANSFORMER, "pos_embed_max_size", 64)
     options = argparse.Namespace(device="meta", torch_dtype=torch.bfloat16, tiny=False, small_text_encoders=False)
-    pipeline = full_size.MODELS[name](options)
+    pipeline = full_size.MODELS[name](full_size.Makers(options))
     assert full_size.parameters(pipeline) == CHECKPOINTS[name]
     assert {p.device.type for p in pipeline.transformer.parameters()} == {"meta"}
 
 
 def test_small_text_encoders_keep_their_width(full_size):
     options = argparse.Namespace(device="meta", torch_dtype=torch.bfloat16, tiny=False, small_text_encoders=True)
-    encoder = full_size.wan(options).text_encoder
+    encoder = full_size.wan(full_size.Makers(options)).text_encoder
     assert encoder.config.d_model == 4096 and len(encoder.encoder.block) == 1
 
 
