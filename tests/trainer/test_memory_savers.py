@@ -436,6 +436,17 @@ def test_they_take_turns_until_prompts_are_precomputed(make_trainer, tmp_path, m
     assert rewards[0] == rewards[1]
 
 
+def test_denoisers_come_for_the_first_velocity():
+    """Of a policy that was told where to compute, and not to offload its encoders."""
+    pipeline = tiny_sd3()
+    places = Places(pipeline)
+    pipeline.transformer.to("cpu")
+    policy = FlowPolicy(pipeline, max_sequence_length=2, device="cpu")
+    latents, conditioning = torch.zeros(1, *policy.latent_shape), policy.conditioning(["a red circle"])
+    assert places.away.keys() == {"transformer"}
+    assert policy(latents, 0.5, conditioning).isfinite().all() and not places.away
+
+
 def test_what_cannot_be_moved_stays():
     pipeline = tiny_sd3()
     places = Places(pipeline)

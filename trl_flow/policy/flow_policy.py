@@ -108,8 +108,9 @@ class FlowPolicy(nn.Module):
             instead of an adapter.
         cache_size (`int`, *optional*, defaults to `1024`): Most prompts whose conditioning is kept.
         cache_gib (`float`, *optional*, defaults to `2.0`): Most memory that it may take, in GiB.
-        device (`torch.device` or `str`, *optional*): Where it computes. Default: where the denoisers are. If they are
-            elsewhere, they come there as soon as the encoders have left: see [`FlowPolicy.offload_encoders`].
+        device (`torch.device` or `str`, *optional*): Where it computes. Default: where the denoisers are. From elsewhere,
+            they come there for the first velocity, or as soon as the encoders have left: see
+            [`FlowPolicy.offload_encoders`].
 
     Raises:
         ValueError: If the pipeline cannot be trained, refuses the size, has no argument of a name that was given, or
@@ -307,6 +308,7 @@ class FlowPolicy(nn.Module):
         """
         if any(condition.guidance_scale != self.guidance_scale for condition in conditioning):
             raise ValueError("The conditioning was made with another guidance_scale: make it where it is used.")
+        self.hosts.come()
         batches = self._batches(conditioning)
         calls = len(batches) if self.most_calls is None else self.most_calls([len(batches)])[0]
         if calls == 1:
