@@ -427,6 +427,10 @@ def test_they_take_turns_until_prompts_are_precomputed(make_trainer, tmp_path, m
         velocity = policy(torch.zeros(1, *policy.latent_shape), 0.5, policy.conditioning(["a green square"]))
         assert velocity.isfinite().all()
         if precompute:
+            with (
+                policy.whole()
+            ):  # before anything runs: many pipelines send what they are given to where an encoder is
+                assert places.away.keys() == {"transformer"}
             assert places.away.keys() == ENCODERS
             assert not ENCODERS & places.beside["transformer"] and "transformer" not in places.beside["text_encoder"]
             trainer.train()
@@ -445,6 +449,15 @@ def test_denoisers_come_for_the_first_velocity():
     latents, conditioning = torch.zeros(1, *policy.latent_shape), policy.conditioning(["a red circle"])
     assert places.away.keys() == {"transformer"}
     assert policy(latents, 0.5, conditioning).isfinite().all() and not places.away
+
+
+def test_denoisers_leave_before_encoders_come(make_trainer, monkeypatch):
+    """Those of bitsandbytes are loaded on the device."""
+    pipeline, order = tiny_sd3(), []
+    for name, model in Places(pipeline).models.items():
+        monkeypatch.setattr(model, "to", lambda place, name=name, move=model.to: (order.append(name), move(place)))
+    make_trainer(model=pipeline, precompute_prompts=True)
+    assert order[0] == "transformer" and ENCODERS < {*order[1:]}
 
 
 def test_what_cannot_be_moved_stays():

@@ -447,11 +447,13 @@ class FlowPolicy(nn.Module):
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Context in which the pipeline itself can be called: what is elsewhere comes when it is run."""
+        """
+        Context for a call of the pipeline itself. Encoders and VAE come at once, as many pipelines ask where they are before
+        they run them; where there is no room for both, the denoisers follow when they are run.
+        """
         with self.encoders.visit(), self.autoencoder.visit(), ExitStack() as stack:
-            for visitors in (self.encoders, self.autoencoder):
-                for model in visitors.models.values() if visitors.home is not None else ():
-                    stack.enter_context(before_running(model, lambda v=visitors: v.come(self.device)))
+            self.encoders.come(self.device)
+            self.autoencoder.come(self.device)
             for denoiser in self.hosts.models if self.encoders.hosts is not None else ():
                 stack.enter_context(before_running(denoiser, self.encoders.end))
             yield

@@ -256,11 +256,12 @@ class FlowGRPOTrainer(RolloutMixin, UpdateMixin, EvaluationMixin, SavingMixin, S
             if getattr(args, name) is None:
                 setattr(args, name, value)
         check_precision(pipeline, args)
-        # Where prompts are encoded first, there need not be room for the denoisers beside the encoders.
+        models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        # Where prompts are encoded first, there need not be room for the denoisers beside the encoders: they leave first, as
+        # those of bitsandbytes are loaded on the device.
         waiting = find_family(pipeline).components if args.precompute_prompts else ()
-        for name, component in pipeline.components.items():
-            if isinstance(component, nn.Module):
-                move([component], "cpu" if name in waiting else args.device)
+        move([models.pop(name) for name in waiting if name in models], "cpu")
+        move(models.values(), args.device)
         adapter = read_adapter(pipeline, args.adapter_name_or_path) if args.adapter_name_or_path else {}
         if adapter and peft_config is not None:
             raise ValueError(
