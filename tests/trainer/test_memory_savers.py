@@ -138,8 +138,9 @@ def test_float16_is_computed_in_float16(make_trainer, monkeypatch):
     with pytest.raises(ValueError, match="bf16=True would compute in bfloat16.*bf16=False"):
         make_trainer(model=flux(torch.float16), bf16=True, **FLUX)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(ValueError, match="bf16=True would compute in bfloat16"):
+    with pytest.raises(ValueError, match="mixed_precision=bf16 of the launcher would compute in bfloat16.*bf16=False"):
         make_trainer(model=flux(torch.float16), **FLUX)
+    assert make_trainer(model=flux(torch.float16), bf16=False, **FLUX).accelerator.mixed_precision == "no"
 
 
 def test_overflow_ends_the_run_before_an_update(make_trainer):

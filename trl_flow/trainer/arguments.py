@@ -151,10 +151,13 @@ def settle_float16(gradient_scale: float, args):
     """
     if gradient_scale == 1 or args.mixed_precision != "bf16":
         return
-    if not args.bf16_by_default or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+    # Of a launcher's file the last word is the run's own: TRL's files for accelerate all say bf16.
+    asked_for = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" if args.bf16_by_default else args.bf16
+    if asked_for:
         raise ValueError(
-            "bf16=True would compute in bfloat16, with 8 significant bits, with weights that dtype='float16' has loaded with 11. "
-            "Load the pipeline in bfloat16, or set bf16=False (fp16=True keeps some operations in float32)."
+            f"{'mixed_precision=bf16 of the launcher' if args.bf16_by_default else 'bf16=True'} would compute in bfloat16, with "
+            "8 significant bits, with weights that dtype='float16' has loaded with 11. Load the pipeline in bfloat16, or set "
+            "bf16=False (fp16=True keeps some operations in float32)."
         )
     args.bf16, args.mixed_precision = False, "no"
 
