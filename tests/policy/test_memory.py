@@ -209,7 +209,12 @@ def test_a_policy_of_its_own_that_samples(trainer_class, config_class, copies, t
     estimator, settings = memory_settings(trainer, updates=2)
     without = estimator.weights(replace(settings, sampling_policy=False))
     more = estimator.weights(settings)["trained weights"] - without["trained weights"]
-    assert more == copies * sum(parameter.numel() * 4 for parameter in trainer._trainable)
+    trained = sum(parameter.numel() * 4 for parameter in trainer._trainable)
+    assert more == copies * trained
+    # While it samples, the trained weights are kept aside.
+    phases = estimator.estimate(settings).phases
+    for phase in ("encode", "rollout", "decode", "collect"):
+        assert phases[phase]["trained weights"] == phases["train"]["trained weights"] + copies * trained
 
 
 def test_encoders_leave_for_another_memory(estimator):

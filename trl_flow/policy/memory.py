@@ -442,7 +442,9 @@ class MemoryEstimator:
             usual["encoders"] = 0
         if on_gpu and settings.offload_vae:
             usual["VAE"] = 0
-        encode = usual | {"encoders": weights["encoders"]}
+        # While another policy samples in their place, the trained weights are kept.
+        sampling = usual | {"trained weights": weights["trained weights"] + settings.sampling_policy * trained}
+        encode = sampling | {"encoders": weights["encoders"]}
         if self.policy.family.image or settings.precompute_prompts:
             encode["VAE"] = weights["VAE"]
         if settings.precompute_prompts:  # before training
@@ -464,10 +466,10 @@ class MemoryEstimator:
         return MemoryEstimate(
             {
                 "encode": encode,
-                "rollout": usual | {"latents": earlier + noise, "activations": most},
-                "decode": usual
+                "rollout": sampling | {"latents": earlier + noise, "activations": most},
+                "decode": sampling
                 | {"VAE": weights["VAE"], "latents": all_kept + leaves + drawn, "activations": decoding},
-                "collect": usual | {"latents": all_kept * (1 + (sweeps > 1)) + drawn},
+                "collect": sampling | {"latents": all_kept * (1 + (sweeps > 1)) + drawn},
                 "train": usual
                 | {
                     "latents": trajectories,
