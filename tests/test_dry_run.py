@@ -247,6 +247,15 @@ def test_number_of_evaluations(settings, expected, tmp_path):
     assert len(evaluations) == expected, evaluations
 
 
+def test_evaluations_with_a_guidance_of_their_own_are_timed(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "guidance_scale": 1.0, "eval_guidance_scale": 3.0}
+    trainer = make_trainer("flow-grpo", tmp_path, num_eval_prompts=2, max_steps=1, **settings)
+    guidance, forward = [], trainer.policy.forward
+    trainer.policy.forward = lambda *args: (guidance.append(trainer.policy.guidance_scale), forward(*args))[1]
+    assert estimate(trainer, rollouts(trainer), 1).seconds["evaluations"] > 0
+    assert {*guidance} == {1.0, 3.0}
+
+
 def test_line_through_two_measurements(monkeypatch):
     clock, sizes = [0.0], []
     monkeypatch.setattr(estimating, "time", SimpleNamespace(perf_counter=lambda: clock[0]))

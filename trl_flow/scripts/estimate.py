@@ -121,7 +121,10 @@ def estimate(trainer, rollouts: list, updates: int) -> Estimate:
     size = trainer.num_generations
     rows = [trainer.train_dataset[number // size % len(trainer.train_dataset)] for number in range(rollout_rows)]
 
-    conditions = trainer.conditioning([row["prompt"] for row in rows], trainer.images(rows))
+    def make_conditions() -> list:
+        return trainer.conditioning([row["prompt"] for row in rows], trainer.images(rows))
+
+    conditions = make_conditions()
 
     def latents(n: int) -> torch.Tensor:
         return torch.randn(n, *policy.latent_shape, device=device)
@@ -144,6 +147,7 @@ def estimate(trainer, rollouts: list, updates: int) -> Estimate:
         forward_evaluation = forward
         if trainer.eval_dataset is not None and args.eval_guidance_scale not in (None, policy.guidance_scale):
             with policy.guided(args.eval_guidance_scale):
+                conditions = make_conditions()
                 forward_evaluation = measure(velocity, min(rollout_rows, tests), device)
 
     seconds = dict.fromkeys(("rollouts", "rewards", "training", "evaluations"), 0.0)
