@@ -47,8 +47,8 @@ demo: $(INSTALLED)  ## train METHOD on the embedded shapes world, minutes on a l
 test: $(INSTALLED)  ## run the tests, minutes on two cores
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# A file's tests one after the other: many share what has taken minutes.
 test-slow: $(INSTALLED)  ## run the slow tests
-	# a file's tests one after the other: many share what has taken minutes
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --dist loadfile -m slow
 
 benchmarks: $(INSTALLED)  ## measure the embedded model again: JSON, tables and pictures

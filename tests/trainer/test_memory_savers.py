@@ -34,10 +34,13 @@ from trainer.conftest import SETTINGS
 from trainer.observing import logged, randomize
 from transformers import TrainerCallback
 
-from trl_flow import FlowGRPOConfig, FlowGRPOTrainer, FlowPolicy, G2RPOConfig, G2RPOTrainer
+from trl_flow import DenseGRPOConfig, FlowGRPOConfig, FlowGRPOTrainer, FlowPolicy, G2RPOConfig, G2RPOTrainer
+from trl_flow.calibration import calibrate_noise
 from trl_flow.policy.allocations import measured_peak
 from trl_flow.policy.doctor import Diagnosis, examine_policy
 from trl_flow.policy.encoders import Visitors
+from trl_flow.scripts import estimate as estimating
+from trl_flow.scripts.dry_run import rollouts, update_facts
 from trl_flow.trainer.arguments import check_gradient_scale, check_offload
 from trl_flow.trainer.transitions import TransitionChunk, trained_steps, transition_chunk
 
@@ -450,6 +453,24 @@ def test_denoisers_come_for_the_first_velocity():
     latents, conditioning = torch.zeros(1, *policy.latent_shape), policy.conditioning(["a red circle"])
     assert places.away.keys() == {"transformer"}
     assert policy(latents, 0.5, conditioning).isfinite().all() and not places.away
+
+
+def test_they_take_turns_in_dry_runs_and_calibrations(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimating, "SECONDS_OF_A_PART", 0.0)
+    seen = []
+    for calibrates in (False, True):
+        pipeline = tiny_sd3()
+        seen.append(places := Places(pipeline))
+        if calibrates:
+            args = DenseGRPOConfig(output_dir=str(tmp_path), precompute_prompts=True, **SETTINGS)
+            calibrate_noise(pipeline, brightness, args, prompts(6), num_samples=2, num_iterations=1, rule="paper")
+        else:
+            trainer = make_trainer(model=pipeline, precompute_prompts=True)
+            update_facts(trainer, 1)
+            estimating.estimate(trainer, rollouts(trainer), 1)
+        assert places.away.keys() == ENCODERS
+        assert not ENCODERS & places.beside["transformer"] and "transformer" not in places.beside["text_encoder"]
+    assert min(places.moves["transformer"] for places in seen) > 4  # for more than the empty prompt
 
 
 def test_denoisers_leave_before_encoders_come(make_trainer, monkeypatch):
