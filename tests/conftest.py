@@ -26,6 +26,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 os.environ["MPLBACKEND"] = "Agg"
 
+import logging  # noqa: E402
 import random  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -43,6 +44,17 @@ def seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def loudness():
+    """Programs that a test runs may turn libraries' messages off, and with them progress bars, for themselves alone."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    levels, disabled = [logger.level for logger in loggers], logging.root.manager.disable
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    logging.disable(disabled)
 
 
 @pytest.hookimpl(tryfirst=True)

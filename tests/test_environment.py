@@ -57,6 +57,7 @@ def test_the_command_line_names_it_in_one_line(environment):
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_reward_names_it(environment):
     code = "from trl_flow.rewards import load_reward; load_reward('clip').prepare('cpu')"
     result = run(environment, "-c", code)

@@ -124,6 +124,7 @@ def test_tiny_run(name, method, evaluations, images, full_size, tmp_path, capsys
     assert name in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_recorded(full_size, tmp_path, monkeypatch, capsys):
     def fail(name, method, options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore lines")

@@ -72,7 +72,11 @@ def awaitable(images, **kwargs):
     return asynchronous(images)
 
 
-@pytest.mark.parametrize("reward", [brightness, asynchronous, awaitable], ids=lambda reward: reward.__name__)
+@pytest.mark.parametrize(
+    "reward",
+    [*(pytest.param(reward, marks=pytest.mark.slow) for reward in (brightness, awaitable)), asynchronous],
+    ids=lambda reward: reward.__name__,
+)
 def test_training_within_a_running_event_loop(tmp_path, reward):
     async def main():
         trainer = make_trainer(tmp_path / "inside", reward, disable_tqdm=True)

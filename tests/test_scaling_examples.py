@@ -285,6 +285,7 @@ class TestFewerProcessesThanAskedFor:
         assert ("num_processes=2: expected as many processes, and accelerate started 1" in result.stderr) is not fine
 
 
+@pytest.mark.slow
 def test_cost_on_paper():
     """DenseGRPO on SD3.5 Medium, counted by hand: 24 chains of 10 steps with full tails, 9 of them trained, beta above 0."""
     words = ["dense-grpo", "--config", "examples/sd3.5-medium/dense-grpo.yaml", "--prompts", "48"]

@@ -221,6 +221,7 @@ print(policy.fingerprint(), dict(runs))
 """
 
 
+@pytest.mark.slow
 def test_another_process_finds_what_one_has_made(cache):
     tests = Path(__file__).parents[1]
     script = SCRIPT.format(paths=[str(tests), str(tests / "policy")])

@@ -242,6 +242,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_from_a_space(tmp_path, witness):
     with LoopbackHub() as hub:
         files = {"brightness.py": code(PER_SAMPLE), "app.py": "1 / 0\n", "requirements.txt": "gradio\ngit+https://x\n"}
