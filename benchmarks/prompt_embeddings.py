@@ -17,8 +17,8 @@
     python benchmarks/prompt_embeddings.py --num_prompts 1000 10000 100000 --kib_per_prompt 16
 
 Random embeddings of the given size take the place of a text encoder's, whose own time is not what is measured. Memory is
-what the process has of its own, at most, beside the pages of the file that the system has mapped and may take back
-(Linux alone tells).
+what the process has gained of its own, at most while it writes, and when all have been read again, beside the pages of the file
+that the system has mapped and may take back (Linux alone tells).
 """
 
 import argparse
@@ -88,8 +88,8 @@ def table(figures: list[dict], facts: dict) -> str:
         "to find again",
         "ms to read one",
         "MiB on disk",
-        "MiB of memory",
-        "of it kept",
+        "MiB of memory, writing",
+        "afterwards",
     ]
     rows = [
         [
@@ -111,7 +111,11 @@ def draw(figures: list[dict]):
     numbers = [one["prompts"] for one in figures]
     panels = {
         "seconds": {"write": "encode_seconds", "find again": "find_again_seconds"},
-        "MiB": {"disk": "disk_mib", "memory": "memory_while_encoding_mib"},
+        "MiB": {
+            "disk": "disk_mib",
+            "memory, writing": "memory_while_encoding_mib",
+            "memory, afterwards": "memory_afterwards_mib",
+        },
     }
     for plot, (unit, lines) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for (label, name), color in zip(lines.items(), measuring.COLORS, strict=False):

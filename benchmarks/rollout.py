@@ -239,6 +239,7 @@ def draw(record: dict):
         )
         plot.bar_label(bars, [f"{part['seconds'][way]:.2f} s" for way in names])
         plot.set(title=f"{title}: {part['speedup']:.1f} times faster", ylabel="seconds")
+        plot.margins(y=0.1)
         plot.title.set_fontsize(10)
         plot.spines[["top", "right"]].set_visible(False)
     return figure

@@ -186,8 +186,9 @@ def draw(results: dict[str, dict]):
         (right, "peak memory", [result["peak_mib"]["on"] / result["peak_mib"]["off"] for result in results.values()]),
     ):
         bars = plot.barh(names, values, color=measuring.COLORS[0], height=0.55)
-        plot.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
         plot.axvline(1.0, color="black", linewidth=1)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        plot.bar_label(bars, [f"{value:.2f}" for value in values], padding=4, bbox=box, zorder=3)
         plot.set(title=f"{title}, on / off", xlim=(0, 1.15 * max(1.0, *values)))
         plot.spines[["top", "right"]].set_visible(False)
     left.invert_yaxis()
