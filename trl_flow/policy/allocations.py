@@ -93,7 +93,7 @@ class _Ledger(TorchDispatchMode):
         return output
 
     def _note(self, tensor: torch.Tensor, is_new: bool):
-        if type(tensor) not in (torch.Tensor, nn.Parameter, FakeTensor) or tensor.device.type != self.device_type:
+        if type(tensor) not in PLAIN or tensor.device.type != self.device_type:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata

@@ -424,10 +424,9 @@ class FlowPolicy(nn.Module):
             alone (`bool`, *optional*, defaults to `False`): Whether the denoisers wait there while the encoders are back.
                 Nothing that takes them apart or copies them (DDP, FSDP, an optimizer's step) may come between.
         """
-        self.encoders.hosts = self.hosts
         self._offload(self.encoders, device)
-        if not alone:
-            self.encoders.hosts = None
+        self.encoders.hosts = self.hosts if alone else None
+        self.hosts.come()
 
     def offload_vae(self, device: torch.device | str = "cpu"):
         """
